@@ -1,0 +1,329 @@
+"""A hand-written training step in plain JAX: the reference that the framework's own step is measured against.
+
+Decoder transformer (RMSNorm, RoPE, causal grouped-query attention, SwiGLU, untied unembedding), mean cross-entropy,
+optax AdamW; unrolled layers, no framework. `build(split, sizes)` gives the same step on one device or laid out by
+hand for XLA's partitioner over eight:
+
+    split     mesh                 parameters and optimizer state at rest         in use
+    one       1 device             whole                                          whole
+    data      data 8               whole on every device                          whole
+    fsdp      fsdp 8               every array split eightfold along embed         gathered by the partitioner
+    tensor    data 2 x tensor 4    Megatron: heads, kv_heads, mlp, vocab split    split
+
+Weights are a flat dict by name; workload.py documents names and shapes, so that any other program can start from
+the same ones. Run alone:
+
+    python benchmarks/hand_written.py --split one --steps 5
+"""
+
+from __future__ import annotations
+
+import time
+
+_STARTED = time.perf_counter()
+
+import argparse  # noqa: E402  (the clock above must start before the heavy imports)
+import json  # noqa: E402
+from collections.abc import Callable  # noqa: E402
+from dataclasses import asdict  # noqa: E402
+from functools import partial  # noqa: E402
+from typing import Any, Literal  # noqa: E402
+
+import jax  # noqa: E402
+import jax.numpy as jnp  # noqa: E402
+import numpy as np  # noqa: E402
+import optax  # noqa: E402
+from jax import lax  # noqa: E402
+from jax.sharding import AxisType, Mesh, NamedSharding  # noqa: E402
+from jax.sharding import PartitionSpec as P  # noqa: E402
+from workload import Sizes, initial_weights, keep_freed_memory, sample_batch, weight_shapes  # noqa: E402
+
+Split = Literal["one", "data", "fsdp", "tensor"]
+SPLITS: tuple[Split, ...] = ("one", "data", "fsdp", "tensor")
+Weights = dict[str, jax.Array]
+State = dict[str, Any]
+Hold = Callable[..., jax.Array]
+
+
+# --- the model --------------------------------------------------------------------------------------------------
+# Capital letters: B batch, L length, D embed, H heads, J kv_heads, G heads per kv_head, K head_dim, F mlp, V vocab.
+
+
+def rms_norm(x_BLD: jax.Array, scale_D: jax.Array, eps: float) -> jax.Array:
+    """x / sqrt(mean(x^2) + eps) * scale over the last dim, in float32 (Zhang & Sennrich 2019)."""
+    return x_BLD * lax.rsqrt(jnp.mean(x_BLD * x_BLD, axis=-1, keepdims=True) + eps) * scale_D
+
+
+def rope_tables(length: int, head_dim: int, theta: float) -> tuple[jax.Array, jax.Array]:
+    """Cosines and sines, (length, head_dim / 2), of position * theta^(-2i / head_dim) (Su et al. 2021)."""
+    frequency = theta ** (-np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
+    angle = np.arange(length, dtype=np.float64)[:, None] * frequency
+    return jnp.asarray(np.cos(angle), jnp.float32), jnp.asarray(np.sin(angle), jnp.float32)
+
+
+def rope(x_BLHK: jax.Array, cos_LK: jax.Array, sin_LK: jax.Array) -> jax.Array:
+    """Rotate the first half of head_dim against the second by the position's angles."""
+    first, second = jnp.split(x_BLHK, 2, axis=-1)
+    cos, sin = cos_LK[:, None, :], sin_LK[:, None, :]
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+
+
+def _query_blocks(length: int, blocks: int) -> list[tuple[int, int]]:
+    """[start, stop) of each block of query positions; the last may be shorter."""
+    size = -(-length // min(blocks, length))
+    return [(start, min(start + size, length)) for start in range(0, length, size)]
+
+
+def _by_kv_head(x_BLHK: jax.Array, kv_heads: int) -> jax.Array:
+    """(B, L, H, K) -> (B, J, L*G, K): the rows of one kv head's queries, position-major."""
+    B, L, H, K = x_BLHK.shape
+    return (
+        x_BLHK.reshape(B, L, kv_heads, H // kv_heads, K).transpose(0, 2, 1, 3, 4).reshape(B, kv_heads, -1, K)
+    )
+
+
+def _by_position(x_BJNK: jax.Array, heads: int) -> jax.Array:
+    """(B, J, L*G, K) -> (B, L, H, K): the inverse of `_by_kv_head`."""
+    B, J, N, K = x_BJNK.shape
+    L, G = N * J // heads, heads // J
+    return x_BJNK.reshape(B, J, L, G, K).transpose(0, 2, 1, 3, 4).reshape(B, L, heads, K)
+
+
+def _attend(
+    q_BLHK: jax.Array, k_BLJK: jax.Array, v_BLJK: jax.Array, blocks: int
+) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    B, L, H, K = q_BLHK.shape
+    J = k_BLJK.shape[2]
+    G = H // J
+    q = _by_kv_head(q_BLHK * K**-0.5, J)
+    k, v = k_BLJK.transpose(0, 2, 1, 3), v_BLJK.transpose(0, 2, 1, 3)
+    out, powers, totals = [], [], []
+    for start, stop in _query_blocks(L, blocks):
+        s = jnp.einsum("bjnk,bjmk->bjnm", q[:, :, start * G : stop * G], k[:, :, :stop])
+        position = start + jnp.arange((stop - start) * G) // G
+        # An added bias, not a select: XLA:CPU fuses it into the product.
+        s = s + jnp.where(position[:, None] >= jnp.arange(stop), 0.0, -1e30).astype(s.dtype)
+        e = jnp.exp(s - s.max(axis=-1, keepdims=True))
+        total = e.sum(axis=-1, keepdims=True)
+        out.append(jnp.einsum("bjnm,bjmk->bjnk", e, v[:, :, :stop]) / total)
+        powers.append(e)
+        totals.append(total)
+    o = jnp.concatenate(out, axis=2)
+    return _by_position(o, H), (q, k, v, o, jnp.concatenate(totals, axis=2), tuple(powers))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def attention(q_BLHK: jax.Array, k_BLJK: jax.Array, v_BLJK: jax.Array, blocks: int = 4) -> jax.Array:
+    """Causal grouped-query attention, (B, L, H, K), scaled by head_dim**-0.5, in blocks of query positions that read
+    only the keys they can see. Its backward is written out so that no (L, L) array is ever transposed, which XLA:CPU
+    pays for dearly: attention_study.md.
+    """
+    return _attend(q_BLHK, k_BLJK, v_BLJK, blocks)[0]
+
+
+def _attention_backward(blocks: int, saved: tuple[Any, ...], do_BLHK: jax.Array) -> tuple[jax.Array, ...]:
+    q, k, v, o, total, powers = saved
+    (L, K), (J, H) = k.shape[2:], (k.shape[1], do_BLHK.shape[2])
+    G = H // J
+    do = _by_kv_head(do_BLHK, J) / total
+    mean = (do * o).sum(axis=-1, keepdims=True)
+    dq, dk, dv = [], 0.0, 0.0
+    for (start, stop), e in zip(_query_blocks(L, blocks), powers, strict=True):
+        rows = slice(start * G, stop * G)
+        ds = e * (jnp.einsum("bjnk,bjmk->bjnm", do[:, :, rows], v[:, :, :stop]) - mean[:, :, rows])
+        dq.append(jnp.einsum("bjnm,bjmk->bjnk", ds, k[:, :, :stop]))
+        # (head_dim, keys) from the small operand's transpose: the (keys, head_dim) form transposes ds and e instead.
+        later = ((0, 0), (0, 0), (0, 0), (0, L - stop))
+        dk += jnp.pad(jnp.einsum("bjnk,bjnm->bjkm", q[:, :, rows], ds), later)
+        dv += jnp.pad(jnp.einsum("bjnk,bjnm->bjkm", do[:, :, rows], e), later)
+    dq = _by_position(jnp.concatenate(dq, axis=2), H) * K**-0.5
+    return dq, dk.transpose(0, 3, 1, 2), dv.transpose(0, 3, 1, 2)
+
+
+attention.defvjp(_attend, _attention_backward)
+
+
+def qkv_together(h: jax.Array, w: Weights, p: Callable[[str], str], hold: Hold) -> tuple[jax.Array, ...]:
+    """q, k, v from one product, their columns side by side within each kv head, so that heads split over `tensor`
+    give one all-reduce of the gradient of `h` instead of three.
+    """
+    q, k, v = w[p("query")], w[p("key")], w[p("value")]
+    D, J, K = k.shape
+    joined = jnp.concatenate([q.reshape(D, J, -1, K), k[:, :, None], v[:, :, None]], axis=2)
+    out = hold(jnp.einsum("bld,djgk->bljgk", h, joined), "batch", None, "tensor")
+    return out[:, :, :, :-2].reshape(*out.shape[:2], -1, K), out[:, :, :, -2], out[:, :, :, -1]
+
+
+def gate_up_together(h: jax.Array, w: Weights, p: Callable[[str], str], hold: Hold) -> tuple[jax.Array, ...]:
+    """Gate and up from one product, for the same reason."""
+    both = jnp.einsum("bld,dcf->blcf", h, jnp.stack([w[p("gate")], w[p("up")]], axis=1))
+    both = hold(both, "batch", None, None, "tensor")
+    return both[:, :, 0], both[:, :, 1]
+
+
+def loss_fn(w: Weights, batch: dict[str, jax.Array], sizes: Sizes, hold: Hold, together: bool) -> jax.Array:
+    """Mean cross-entropy in nats over all tokens. `hold(x, *dims)` pins an activation's layout where that helps;
+    `together` joins q, k, v and gate, up: worth it only where it saves collectives (attention_study.md).
+    """
+    cos, sin = rope_tables(sizes.length, sizes.head_dim, sizes.theta)
+    x = hold(jnp.take(w["embedding"], batch["tokens"], axis=0), "batch")
+    for i in range(sizes.layers):
+        p = partial("layer_{}.{}".format, i)
+        h = rms_norm(x, w[p("norm_1")], sizes.norm_eps)
+        if together:
+            q, k, v = qkv_together(h, w, p, hold)
+        else:
+            q, k, v = (jnp.einsum("bld,dhk->blhk", h, w[p(n)]) for n in ("query", "key", "value"))
+        o = attention(rope(q, cos, sin), rope(k, cos, sin), v)
+        x = hold(x + hold(jnp.einsum("blhk,hkd->bld", o, w[p("output")]), "batch"), "batch")
+        h = rms_norm(x, w[p("norm_2")], sizes.norm_eps)
+        gate, up = gate_up_together(h, w, p, hold) if together else (h @ w[p("gate")], h @ w[p("up")])
+        x = hold(x + hold((jax.nn.silu(gate) * up) @ w[p("down")], "batch"), "batch")
+    x = rms_norm(x, w["norm"], sizes.norm_eps)
+    logits = hold(x @ w["unembedding"], "batch", None, "tensor")
+    # A comparison rather than a gather: as fast, and it stays local where the vocabulary is split.
+    hit = batch["labels"][..., None] == jnp.arange(sizes.vocab)
+    return jnp.mean(jax.nn.logsumexp(logits, axis=-1) - jnp.where(hit, logits, 0.0).sum(axis=-1))
+
+
+def optimizer(sizes: Sizes) -> optax.GradientTransformation:
+    """Clip by global norm, then AdamW (warm-up from 0, cosine to floor * peak); decay on matrices only."""
+    schedule = optax.warmup_cosine_decay_schedule(
+        0.0, sizes.peak, sizes.warmup, sizes.steps, sizes.floor * sizes.peak
+    )
+    matrices = partial(jax.tree.map, lambda x: x.ndim >= 2)
+    adamw = optax.adamw(
+        schedule, sizes.b1, sizes.b2, eps=sizes.eps, weight_decay=sizes.weight_decay, mask=matrices
+    )
+    return optax.chain(optax.clip_by_global_norm(sizes.clip), adamw)
+
+
+# --- where arrays lie -------------------------------------------------------------------------------------------
+
+MESHES = {"one": {"data": 1}, "data": {"data": 8}, "fsdp": {"data": 8}, "tensor": {"data": 2, "tensor": 4}}
+TENSOR_DIM = {"query": 1, "key": 1, "value": 1, "output": 0, "gate": 1, "up": 1, "down": 0, "unembedding": 1}
+
+
+def weight_spec(split: Split, name: str, shape: tuple[int, ...]) -> P:
+    """Layout at rest of one weight (and of its two moments)."""
+    last = name.split(".")[-1]
+    if split == "tensor" and last in TENSOR_DIM:
+        dims: list[str | None] = [None] * len(shape)
+        dims[TENSOR_DIM[last]] = "tensor"
+        return P(*dims)
+    if split == "fsdp":
+        dims = [None] * len(shape)
+        dims[-1 if last in ("output", "down", "embedding") else 0] = "data"
+        return P(*dims)
+    return P()
+
+
+def build(
+    split: Split, sizes: Sizes, weights: dict[str, Any] | None = None
+) -> tuple[
+    Callable[..., tuple[State, jax.Array]], State, Callable[[dict[str, np.ndarray]], dict[str, jax.Array]]
+]:
+    """`step, state, put_batch`: jitted `step(state, batch) -> (state, loss)` donating its state, the state from
+    `weights` (default: `initial_weights(sizes)`), and `put_batch`, which lays {"tokens", "labels"} on the mesh.
+    Needs 1 device for "one", 8 for the others.
+    """
+    axes = MESHES[split]
+    count = int(np.prod(list(axes.values())))
+    devices = np.asarray(jax.devices()[:count]).reshape(tuple(axes.values()))
+    mesh = Mesh(devices, tuple(axes), axis_types=(AxisType.Auto,) * len(axes))
+    weights = initial_weights(sizes) if weights is None else weights
+    spec = {name: weight_spec(split, name, shape) for name, shape in weight_shapes(sizes).items()}
+    at_rest = {name: NamedSharding(mesh, s) for name, s in spec.items()}
+    rows = NamedSharding(mesh, P("data"))
+    whole = NamedSharding(mesh, P())
+    transform = optimizer(sizes)
+
+    def hold(x: jax.Array, *dims: str | None) -> jax.Array:
+        if split == "one":
+            return x
+        names = ["data" if d == "batch" else d if d in axes else None for d in dims]
+        return lax.with_sharding_constraint(x, NamedSharding(mesh, P(*names)))
+
+    def use(w: Weights) -> Weights:
+        if split != "fsdp":
+            return w
+        return {name: lax.with_sharding_constraint(x, whole) for name, x in w.items()}
+
+    def init(w: Weights) -> State:
+        return {"weights": w, "optimizer": transform.init(w)}
+
+    def layouts(state: Any) -> Any:
+        """Moments lie as their weights, scalars everywhere: an optimizer leaf's last dict key is a weight's name."""
+
+        def one(path: tuple[Any, ...], _: Any) -> NamedSharding:
+            keys = [k.key for k in path if isinstance(k, jax.tree_util.DictKey) and k.key in at_rest]
+            return at_rest[keys[-1]] if keys else whole
+
+        return jax.tree_util.tree_map_with_path(one, state)
+
+    def train(state: State, batch: dict[str, jax.Array]) -> tuple[State, jax.Array]:
+        loss, grads = jax.value_and_grad(lambda w: loss_fn(use(w), batch, sizes, hold, split == "tensor"))(
+            state["weights"]
+        )
+        updates, opt = transform.update(grads, state["optimizer"], state["weights"])
+        return {"weights": optax.apply_updates(state["weights"], updates), "optimizer": opt}, loss
+
+    placed = {name: jax.device_put(jnp.asarray(x), at_rest[name]) for name, x in weights.items()}
+    shapes = jax.eval_shape(init, placed)
+    # `copy` so that a donated state never consumes the caller's own arrays.
+    state = jax.jit(lambda w: jax.tree.map(jnp.copy, init(w)), out_shardings=layouts(shapes))(placed)
+    step = jax.jit(
+        train, donate_argnums=0, in_shardings=(layouts(shapes), rows), out_shardings=(layouts(shapes), whole)
+    )
+    return step, state, lambda batch: jax.device_put(batch, rows)
+
+
+def main() -> None:
+    """Time one split alone and print one JSON line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--split", choices=SPLITS, default="one")
+    parser.add_argument("--steps", type=int, default=5)
+    for name in ("kv_heads", "layers", "length", "batch"):
+        parser.add_argument(f"--{name}", type=int, default=getattr(Sizes(), name))
+    parser.add_argument(
+        "--memory", choices=("keep", "return"), default="keep", help="freed memory: see workload.py"
+    )
+    args = vars(parser.parse_args())
+    split, steps, memory_kept = args.pop("split"), args.pop("steps"), args.pop("memory") == "keep"
+    memory_kept = memory_kept and keep_freed_memory()
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", 1 if split == "one" else 8)
+    sizes = Sizes(**args)
+    step, state, put_batch = build(split, sizes)
+    batch = put_batch(sample_batch(sizes))
+    compiled = step.lower(state, batch).compile()
+    memory = compiled.memory_analysis()
+    seconds, cpu_seconds, losses, first = [], [], [], 0.0
+    for i in range(steps + 1):
+        start, cpu_start = time.perf_counter(), time.process_time()
+        state, loss = compiled(state, batch)
+        losses.append(float(loss))
+        if i == 0:
+            first = time.perf_counter() - _STARTED
+        else:
+            seconds.append(time.perf_counter() - start)
+            cpu_seconds.append(time.process_time() - cpu_start)
+    result = {
+        "program": "hand_written",
+        "split": split,
+        "parameters": sum(int(np.prod(s)) for s in weight_shapes(sizes).values()),
+        "start_to_first_step_s": round(first, 3),
+        "median_step_s": round(float(np.median(seconds)), 4),
+        "min_step_s": round(min(seconds), 4),
+        "median_step_cpu_s": round(float(np.median(cpu_seconds)), 4),
+        "freed_memory_kept": memory_kept,
+        "argument_bytes": memory.argument_size_in_bytes,
+        "temp_bytes": memory.temp_size_in_bytes,
+        "losses": losses,
+        "sizes": asdict(sizes),
+    }
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,41 @@
+"""A byte-level transformer of 3.3 M parameters learns Python source on 8 pretend devices, split three ways at once.
+
+Claim:    one declaration, data() | fsdp() | tensor(), splits every array of a training run; the run learns real text.
+Command:  shardlab train configs/quickstart.py
+Cost:     under 3 minutes on 2 CPU cores and under 2 GB of memory (expected, to be measured)
+Result:   held-out bits per byte well under the unigram entropy of the same text (expected result to be measured)
+"""
+
+from __future__ import annotations
+
+from experiments.config import Checkpoints, Devices, Evaluate, Experiment, Sample
+from experiments.data.stdlib import Stdlib
+from experiments.optimizers import AdamW
+from models.transformer_config import TransformerConfig
+from sharding.axes import MeshShape
+from sharding.partitioner import Manual
+from sharding.rules.data import data
+from sharding.rules.fsdp import fsdp
+from sharding.rules.tensor import tensor
+
+
+def config() -> Experiment:
+    """The experiment."""
+    return Experiment(
+        name="quickstart",
+        model=TransformerConfig(
+            vocab=256, layers=4, embed=256, heads=8, kv_heads=4, head_dim=32, mlp=768, length=256
+        ),
+        data=Stdlib(length=256),
+        rules=data() | fsdp() | tensor(),
+        mesh=MeshShape(data=2, fsdp=2, tensor=2),
+        partitioner=Manual(),
+        devices=Devices("pretend", 8),
+        optimizer=AdamW(peak=3e-3, warmup=10),
+        batch=16,
+        steps=60,
+        log_every=5,
+        evaluate=Evaluate(every=30, batches=8),
+        checkpoints=Checkpoints(every=30, keep=2),
+        sample=Sample(prompt="def ", tokens=200, temperature=0.7),
+    )

@@ -1,0 +1,1 @@
+"""Where time, files and failure live: configs, data, loop, checkpoints, records, commands."""

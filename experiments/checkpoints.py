@@ -1,0 +1,337 @@
+"""Checkpoints: one thin interface over Orbax, in which a step counts only once it is sealed.
+
+A folder of checkpoints holds one directory a step, named by the step's number::
+
+    <folder>/120/state/       every array of the training state (Orbax, OCDBT)
+    <folder>/120/meta/        JSON: what the caller said of the run, "step", "tree" {path: [shape, dtype]}
+    <folder>/120/sealed.json  every file of the two with its size; written when all of them are on the disk,
+                              before Orbax renames the directory from its temporary name to this one
+    <folder>/set-aside/       steps that were found incomplete, kept for whoever wants to look
+    <folder>/deleting/        steps on their way out: renamed first, deleted then
+
+A step without a seal, or with a file that is missing or of another length, is no checkpoint: nothing here
+restores it, lists it, or stumbles over it. So a kill at any moment (while writing, while sealing, while an
+old step is being deleted) leaves the newest sealed step as it was.
+
+On the disk the state is a tree of plain dicts keyed by the parts of each leaf's path, so optax's NamedTuples
+and EmptyStates, tuples and dicts all come back into whatever structure is asked for, and any other tool can
+read them.
+
+Under several processes every method is called by all of them; the folder is one file system that all of them
+see.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import shutil
+import time
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from experiments.checkpoint_folder import UNFINISHED, lock, missing, move, probe, seal, sealed_steps, sync
+from experiments.checkpoint_tree import (
+    check_savable,
+    complete_meta,
+    differences,
+    flatten,
+    nest,
+    some,
+    summary,
+)
+from sharding.errors import InputError
+
+SET_ASIDE = "set-aside"
+DELETING = "deleting"
+
+
+class CheckpointStore:
+    """The checkpoints of one run: save in the background, restore onto any mesh, keep the newest.
+
+    ``folder`` is made if it is not there; a relative path is taken from the working directory. ``keep`` >= 1
+    sealed steps are kept, always with the one just saved among them. ``notes`` of process 0 says, a line
+    each, what opening the folder and saving into it had to set aside.
+
+    Opening raises InputError for a folder that cannot be written, that another live run has open, or that is
+    a URL. The devices must have been chosen before: under several processes it asks JAX which process this
+    is.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], keep: int):
+        if "://" in os.fspath(folder):
+            raise InputError(
+                f"checkpoint folder {os.fspath(folder)!r}: only folders of a mounted file system are "
+                f"supported, because a seal is made durable by renames and fsync. Give a path, for instance "
+                f"of a mounted bucket."
+            )
+        if keep < 1:
+            raise InputError(
+                f"checkpoints.keep is {keep}: at least 1 step must be kept, else none could be resumed."
+            )
+        import jax
+
+        self.folder = Path(os.path.abspath(folder))
+        self.keep = keep
+        self.notes: list[str] = []
+        self._primary = jax.process_index() == 0
+        self._manager: Any = None
+        self._saving: int | None = None
+        self._finished: Future[None] | None = None
+        self._background = ThreadPoolExecutor(1, "checkpoint")
+        probe(self.folder, jax.process_index())
+        self._lock = lock(self.folder) if self._primary else None
+        if self._primary:
+            self._tidy()
+
+    def __enter__(self) -> CheckpointStore:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def steps(self) -> list[int]:
+        """The sealed steps that this process sees, ascending; a step still being saved is not among them."""
+        return sealed_steps(self.folder)
+
+    def latest(self) -> int | None:
+        """The newest sealed step or None; several processes all get what process 0 sees (a collective)."""
+        import jax
+
+        newest = max(self.steps(), default=-1)
+        if jax.process_count() > 1:
+            import numpy as np
+            from jax.experimental import multihost_utils
+
+            newest = int(multihost_utils.broadcast_one_to_all(np.int32(newest)))
+        return None if newest < 0 else newest
+
+    def has(self, step: int) -> bool:
+        """Whether ``step`` is sealed, or being saved at this moment by this store."""
+        return step == self._saving or not missing(self.folder / str(step))
+
+    def save(self, step: int, state: Any, meta: Mapping[str, Any]) -> float:
+        """Start saving ``state`` as ``step``; returns the seconds for which the caller was blocked.
+
+        ``state`` is a pytree of jax.Arrays of any sharding. Its values are taken before this returns, so the
+        caller may donate its buffers at once; on CPU, where taking them costs no copy, a step that donates
+        them while they are being written gets new buffers instead, and the state is there twice for that
+        long. ``meta`` is JSON; the store adds "step" and "tree" {path: [shape, dtype]}. An earlier save still
+        in flight is waited for (and counted), and its error raised here.
+
+        Raises InputError for a step that exists, a leaf that is no jax.Array (or is a typed PRNG key: keep
+        its ``jax.random.key_data``), meta that is no JSON, or a disk without room for the state.
+        """
+        start = time.perf_counter()
+        self.wait()
+        arrays = flatten(state)
+        check_savable(arrays)
+        meta = complete_meta(meta, step, arrays)
+        if self.has(step):
+            raise InputError(
+                f"step {step} is already saved in {self.folder} (sealed steps: {self.steps()}). "
+                f"Ask has({step}) before saving, or give the run another folder."
+            )
+        needed, free = sum(x.nbytes for x in arrays.values()), shutil.disk_usage(self.folder).free
+        if free < needed:
+            raise InputError(
+                f"no room for the checkpoint of step {step}: its arrays take {needed:,} bytes and "
+                f"{self.folder} has {free:,} bytes free. Free some, keep fewer steps (checkpoints.keep), or "
+                f"choose another folder."
+            )
+        self._make_room_for(step)
+        import orbax.checkpoint as ocp
+
+        self._saving = step
+        items = ocp.args.Composite(state=ocp.args.StandardSave(nest(arrays)), meta=ocp.args.JsonSave(meta))
+        try:
+            self._orbax().save(step, args=items, force=True)
+        except Exception as error:
+            raise self._failed(error) from error
+        self._finished = self._background.submit(self._finish, step)
+        return time.perf_counter() - start
+
+    def wait(self) -> None:
+        """Block until the save in flight is sealed and what it supersedes gone; InputError if it failed."""
+        if self._finished is None:
+            return
+        try:
+            self._finished.result()
+        except Exception as error:
+            raise self._failed(error) from error
+        self._saving = self._finished = None
+
+    def meta(self, step: int) -> dict[str, Any]:
+        """What was said of the run when the sealed ``step`` was saved, and "step" and "tree"."""
+        self._check_sealed(step)
+        import orbax.checkpoint as ocp
+
+        with self._reading(step):
+            items = ocp.args.Composite(meta=ocp.args.JsonRestore())
+            return dict(self._orbax().restore(step, args=items)["meta"])
+
+    def restore(self, step: int | None, abstract_state: Any) -> tuple[Any, dict[str, Any]]:
+        """The state of ``step`` (None = the newest sealed one) and its meta.
+
+        ``abstract_state`` is a pytree of jax.ShapeDtypeStruct with shardings, on any mesh and number of
+        devices: each array is read straight onto its sharding, bit for bit as it was saved, and returned in
+        this structure. Raises InputError where there is no such step, where the checkpoint's paths, shapes or
+        dtypes are not exactly those asked (each difference is named; nothing is cast, cut or padded), and
+        where its files cannot be read.
+        """
+        self.wait()
+        if step is None:
+            step = self.latest()
+            if step is None:
+                raise InputError(f"nothing to restore: {self.folder} holds no sealed checkpoint.")
+        self._check_sealed(step)
+        import jax
+        import orbax.checkpoint as ocp
+
+        asked = flatten(abstract_state)
+        unplaced = [path for path, leaf in asked.items() if getattr(leaf, "sharding", None) is None]
+        if unplaced:
+            raise InputError(f"restore needs a sharding for every array; {some(unplaced)} have none.")
+        items = ocp.args.Composite(state=ocp.args.StandardRestore(nest(asked)), meta=ocp.args.JsonRestore())
+        with self._reading(step):
+            stored = flatten(self._orbax().item_metadata(step)["state"].tree)
+            if differing := differences(summary(stored), summary(asked)):
+                raise InputError(
+                    f"the checkpoint of step {step} in {self.folder} is of another model: "
+                    f"{'; '.join(differing)}. Restore it with the config it was saved from, or give this run "
+                    f"a folder of its own."
+                )
+            restored = self._orbax().restore(step, args=items)
+        arrays = flatten(restored["state"])
+        leaves = [arrays[path] for path in asked]
+        return jax.tree.unflatten(jax.tree.structure(abstract_state), leaves), dict(restored["meta"])
+
+    def close(self) -> None:
+        """Wait for the save in flight (raising its error), and let go of the folder."""
+        try:
+            self.wait()
+            if self._manager is not None:
+                self._manager.close()
+        finally:
+            self._manager = None
+            self._background.shutdown()
+            if self._lock is not None:
+                os.close(self._lock)
+                self._lock = None
+
+    def _orbax(self) -> Any:
+        """The CheckpointManager, made at the first need: Orbax takes a second or more to import."""
+        if self._manager is None:
+            import orbax.checkpoint as ocp
+
+            _quieten_orbax()
+            registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
+            for name, handler, args in (
+                ("state", ocp.StandardCheckpointHandler(), (ocp.args.StandardSave, ocp.args.StandardRestore)),
+                ("meta", ocp.JsonCheckpointHandler(), (ocp.args.JsonSave, ocp.args.JsonRestore)),
+            ):
+                for arg in args:
+                    registry.add(name, arg, handler)
+            # No max_to_keep: Orbax deletes in place, and a kill then leaves half a step that looks whole.
+            options = ocp.CheckpointManagerOptions(
+                save_root_metadata=False,
+                async_options=ocp.AsyncOptions(post_finalization_callback=self._seal),
+            )
+            self._manager = ocp.CheckpointManager(self.folder, options=options, handler_registry=registry)
+        return self._manager
+
+    def _seal(self) -> None:
+        """Orbax's callback on process 0: all processes have written, the directory is not yet renamed."""
+        assert self._saving is not None
+        seal(self.folder / f"{self._saving}{UNFINISHED}", self._saving)
+
+    def _finish(self, step: int) -> None:
+        """In the background: see the step committed, then retire the oldest beyond ``keep``, not this one."""
+        self._manager.wait_until_finished()
+        if not self._primary:
+            return
+        sync(self.folder)  # or a loss of power could undo the commit after the older steps are gone
+        if lack := missing(self.folder / str(step)):
+            raise OSError(f"the step was committed, but {lack}")
+        others = [other for other in self.steps() if other != step]
+        for other in others[: max(0, len(others) + 1 - self.keep)]:
+            shutil.rmtree(move(self.folder / str(other), self.folder / DELETING))
+
+    def _tidy(self) -> None:
+        """Finish deletions, drop saves that never committed, and set aside the steps that are not whole."""
+        shutil.rmtree(self.folder / DELETING, ignore_errors=True)
+        for path in sorted(self.folder.iterdir()):
+            if UNFINISHED in path.name:
+                self._drop_unfinished(path)
+            elif path.name.isdecimal() and (lack := missing(path)):
+                self._set_aside(path, lack)
+
+    def _make_room_for(self, step: int) -> None:
+        """Clear away what is left of an earlier try at ``step``, on the disk and in Orbax's memory of it."""
+        if self._primary:
+            path = self.folder / str(step)
+            if path.exists():
+                self._set_aside(path, missing(path))
+            for leftover in self.folder.glob(f"{step}{UNFINISHED}*"):
+                self._drop_unfinished(leftover)
+        from orbax.checkpoint import multihost
+
+        multihost.sync_global_processes(f"shardlab:room:{step}")
+        if step in self._orbax().all_steps():
+            self._orbax().reload()
+
+    def _drop_unfinished(self, path: Path) -> None:
+        shutil.rmtree(move(path, self.folder / DELETING))
+        self.notes.append(f"removed the unfinished save {path.name}")
+
+    def _set_aside(self, path: Path, lack: str) -> None:
+        there = move(path, self.folder / SET_ASIDE)
+        self.notes.append(f"set aside step {path.name} as {there.relative_to(self.folder)}: {lack}")
+
+    def _check_sealed(self, step: int) -> None:
+        if lack := missing(self.folder / str(step)):
+            raise InputError(
+                f"step {step} of {self.folder} cannot be restored: {lack}. Its sealed steps are "
+                f"{self.steps()}."
+            )
+
+    @contextlib.contextmanager
+    def _reading(self, step: int) -> Iterator[None]:
+        """Turns whatever Orbax and tensorstore raise on damaged files into an InputError."""
+        try:
+            yield
+        except InputError:
+            raise
+        except Exception as error:
+            raise InputError(
+                f"the checkpoint of step {step} in {self.folder} is sealed but cannot be read: "
+                f"{_line(error)}. Restore another of its sealed steps: "
+                f"{[other for other in self.steps() if other != step]}."
+            ) from error
+
+    def _failed(self, error: Exception) -> InputError:
+        """The error of a save that did not come about; the next save starts with a fresh manager."""
+        step, self._saving, self._finished, self._manager = self._saving, None, None, None
+        return InputError(
+            f"the checkpoint of step {step} could not be written to {self.folder}: {_line(error)}. The "
+            f"sealed steps there, {self.steps()}, are as they were. Look at the disk's free space, quota and "
+            f"permissions."
+        )
+
+
+def _line(error: Exception) -> str:
+    """An error as the head of its first line: tensorstore's and XLA's go on for pages."""
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0][:300]}" if text else type(error).__name__
+
+
+def _from_elsewhere(record: logging.LogRecord) -> bool:
+    return f"{os.sep}orbax{os.sep}" not in record.pathname
+
+
+def _quieten_orbax() -> None:
+    """Keep Orbax's own log lines out of the terminal; its errors all arrive as exceptions."""
+    logging.getLogger("absl").addFilter(_from_elsewhere)

@@ -1,0 +1,1 @@
+"""One file a command: `main(argv) -> int`; the first line of its docstring is its help line."""

@@ -1,0 +1,42 @@
+"""Show where every array of a config lies on its mesh, which rule put it there, and what moves in a step.
+
+Nothing is run and no device is touched: the step is traced for devices that need not be there.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from experiments import cli
+
+ASSUMED = 8
+"""Devices explained for when the config takes whatever is present."""
+
+
+@dataclass(frozen=True)
+class Flags:
+    """Options of `shardlab explain`."""
+
+    json: Path | None = None
+    """Write the whole explanation to this file as one JSON document."""
+
+
+def main(argv: list[str]) -> int:
+    """Print the explanation; 0."""
+    experiment, flags, _ = cli.read(argv, Flags)
+    from experiments.explanation import explain
+    from experiments.tables import print_explanation
+
+    devices = ASSUMED if experiment.devices.count == -1 else experiment.devices.count
+    told = explain(experiment, devices)
+    print_explanation(told)
+    if experiment.devices.count == -1:
+        print(
+            f"The config takes all devices present; explained for {devices}. --devices.count N explains for N."
+        )
+    if flags.json:
+        flags.json.parent.mkdir(parents=True, exist_ok=True)
+        flags.json.write_text(json.dumps(told.to_json(), indent=1) + "\n")
+    return 0

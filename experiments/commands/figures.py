@@ -1,0 +1,103 @@
+"""Draw figures from records: the paper's from the committed ones, or yours from --records.
+
+shardlab figures                                   every figure, from paper_figures/records/
+shardlab figures scaling --formats pdf             one figure, for a paper
+shardlab figures --records runs/quickstart         whatever these runs' records can draw
+shardlab figures my_figure.py --records runs/a/*   a figure of your own
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from experiments.records import MissingRecords, RecordError
+
+if TYPE_CHECKING:
+    from paper_figures.build import Built
+
+
+def draw_run(run_folder: str | Path) -> list[Path]:
+    """Draws a run's loss curve from its ``records.jsonl`` into ``loss.svg`` and ``loss.png`` in its folder.
+
+    Returns the two paths. RecordError when it has no training step yet or matplotlib is not installed.
+    """
+    from paper_figures import build
+
+    folder = Path(run_folder)
+    built = build.build("loss_curves", folder, ("svg", "png"), [folder / "records.jsonl"])
+    return [path.replace(path.with_stem("loss")) for path in built.files]
+
+
+def main(argv: list[str]) -> int:
+    """Runs the command; 0 when every figure asked for was drawn, 2 with a paragraph on stderr otherwise."""
+    options = _parse(argv)
+    try:
+        return _run(options)
+    except RecordError as error:
+        print(error, file=sys.stderr)
+        return 2
+
+
+def _run(options: argparse.Namespace) -> int:
+    from paper_figures import build
+
+    names = options.names or build.figure_names()
+    built, missing = build.build_all(names, options.out, options.formats.split(","), options.records)
+    for path in (path for figure in built for path in figure.files):
+        print(path)
+    # Records given by hand feed some figures and not others; only a figure asked for by name must be there.
+    optional = bool(options.records and not options.names and built)
+    for error in missing.values():
+        print(error, file=sys.stderr)
+    if options.json:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps(_result(built, missing), indent=2) + "\n")
+    return 0 if optional or not missing else 2
+
+
+def _parse(argv: list[str]) -> argparse.Namespace:
+    assert __doc__ is not None
+    parser = argparse.ArgumentParser(
+        "shardlab figures",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "names", nargs="*", metavar="NAME", help="a figure, or a .py file of one; none: all there are"
+    )
+    parser.add_argument(
+        "--records",
+        nargs="+",
+        metavar="PATH",
+        help="files, globs or run folders instead of the committed records",
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("build/figures"), metavar="DIR", help="default: %(default)s"
+    )
+    parser.add_argument("--formats", default="svg,pdf,png", metavar="LIST", help="default: %(default)s")
+    parser.add_argument(
+        "--json", type=Path, metavar="PATH", help="write what was drawn from what as one JSON document"
+    )
+    return parser.parse_args(argv)
+
+
+def _result(built: list[Built], missing: dict[str, MissingRecords]) -> dict[str, object]:
+    def described(path: Path) -> dict[str, object]:
+        data = path.read_bytes()
+        return {"path": str(path), "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+
+    figures = [
+        {
+            "name": b.name,
+            "files": [described(p) for p in b.files],
+            "records": [described(p) for p in b.records],
+        }
+        for b in built
+    ]
+    return {"figures": figures, "missing": {name: str(error) for name, error in missing.items()}}

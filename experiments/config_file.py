@@ -1,0 +1,185 @@
+"""Run a Python file for the value that one of its functions returns, and say in one paragraph what went wrong.
+
+The file may lie anywhere. What lies beside it can be imported by it: helpers come last on the path, after shardlab and
+everything installed, so that they can never take the place of those.
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import hashlib
+import importlib.util
+import linecache
+import re
+import sys
+import traceback
+from collections.abc import Iterator
+from dataclasses import fields, is_dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from sharding.axes import nearest
+from sharding.errors import InputError
+
+LOADED = "config_file_"
+"""How the module names of executed files begin."""
+
+OWN = Path(__file__).resolve().parents[1]
+"""The folder of shardlab's packages; what they are called is never taken from beside a config."""
+
+_folders: list[str] = []
+"""Folders of the files executed so far that were not on sys.path; they stand at its end, newest first."""
+
+
+def execute(path: Path) -> ModuleType:
+    """Run the file and return it as a module, registered in `sys.modules`. `InputError` says file, line and reason."""
+    if not path.is_file():
+        raise InputError(_missing(path))
+    if path.suffix != ".py":
+        raise InputError(
+            f"{path} is no Python file: a config is a .py file with `def config() -> Experiment`."
+        )
+    file = path.resolve()
+    name = f"{LOADED}{file.stem}_{hashlib.sha256(str(file).encode()).hexdigest()[:12]}"
+    module = ModuleType(name)
+    module.__file__ = str(file)
+    with told(path):
+        text = file.read_text(encoding="utf-8")
+        code = compile(text, str(file), "exec", dont_inherit=True)
+        _make_importable(file)
+        linecache.checkcache(str(file))
+        sys.modules[name] = module  # dataclasses and tyro look up annotations there
+        # Not the import system: its bytecode cache takes a file edited within the same second for unchanged.
+        exec(code, module.__dict__)
+    return module
+
+
+def call(module: ModuleType, function: str, path: Path, example: str) -> Any:
+    """What `function()` of an executed file returns; `example` is shown when the file has no such function."""
+    made = getattr(module, function, None)
+    if not callable(made):
+        near = get_close_matches(function, [k for k, v in vars(module).items() if callable(v)], n=1)
+        hint = f" (it has {near[0]}())" if near else ""
+        raise InputError(f"{path} has no {function}(){hint}. Write `{example}` in it.")
+    with told(path, module):
+        return made()
+
+
+@contextlib.contextmanager
+def told(path: Path, module: ModuleType | None = None) -> Iterator[None]:
+    """Turn any exception within into an `InputError` of one paragraph: file, line, its text, the reason."""
+    try:
+        yield
+    except RecursionError as error:
+        raise InputError(f"{path} calls itself without end. Does it load itself?") from error
+    except SyntaxError as error:
+        line = f", line {error.lineno}: `{(error.text or '').strip()}`" if error.lineno else ""
+        place = path if error.filename == str(path.resolve()) else error.filename or path
+        raise InputError(f"{place}{line} is not Python: {error.msg}.") from error
+    except Exception as error:
+        place = _place(error, path)
+        if isinstance(error, InputError):
+            raise InputError(f"{place}: {error}") from error
+        reason = f"{type(error).__name__}: {error}".rstrip(". ")
+        raise InputError(f"{place} fails with {reason}.{_keyword(error, module)}") from error
+
+
+def beside(path: Path) -> dict[str, Path]:
+    """Name -> file or package folder of everything beside `path` that it imports, directly or through one another.
+
+    Read from the source, so that imports inside functions count although they have not run.
+    """
+    folder, found, queue = path.resolve().parent, {}, [path.resolve()]
+    while queue:
+        file = queue.pop()
+        for name in _imported(ast.parse(file.read_text(encoding="utf-8"), str(file))):
+            target = folder / name if (folder / name / "__init__.py").is_file() else folder / f"{name}.py"
+            if name in found or not target.exists() or _is_own(name):
+                continue
+            found[name] = target
+            queue += sorted(target.rglob("*.py")) if target.is_dir() else [target]
+    return found
+
+
+def _imported(tree: ast.Module) -> list[str]:
+    """First parts of the names that the source imports, relative imports (within a package) left out."""
+    names: list[str] = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            names.append(node.module)
+    return [name.partition(".")[0] for name in names]
+
+
+def _is_own(name: str) -> bool:
+    return (OWN / name / "__init__.py").is_file()
+
+
+def _make_importable(file: Path) -> None:
+    """Let the file import what lies beside it, for the rest of the process (a `build()` may import late)."""
+    folder = str(file.parent)
+    helpers = beside(file)
+    for name in helpers:
+        old = getattr(sys.modules.get(name), "__file__", None)
+        if old and Path(old).parent != file.parent and any(Path(old).is_relative_to(f) for f in _folders):
+            # Two configs in one process may each have a helper of the same name: this one's is the one to import.
+            for known in [m for m in sys.modules if m == name or m.startswith(name + ".")]:
+                del sys.modules[known]
+    if folder in _folders or folder not in sys.path:
+        _folders[:] = [folder, *(f for f in _folders if f != folder)]
+        sys.path[:] = [p for p in sys.path if p not in _folders] + _folders
+    importlib.invalidate_caches()
+    for name, target in helpers.items():
+        spec = importlib.util.find_spec(name)
+        origin = Path(spec.origin) if spec and spec.origin and spec.has_location else None
+        if origin is None or not origin.resolve().is_relative_to(target.resolve()):
+            raise InputError(
+                f"it imports {name!r}, and {target} lies beside it, but {name!r} is {origin or 'built into Python'} "
+                f"already and that one would be imported. Rename the file beside the config."
+            )
+
+
+def _missing(path: Path) -> str:
+    """What to say of a path that is no file, with the nearest files that are there."""
+    if path.is_dir():
+        there = sorted(p.name for p in path.glob("*.py") if p.name != "__init__.py")
+        return f"{path} is a folder, and a config is a file. " + (
+            f"In it: {', '.join(there)}." if there else "It has none."
+        )
+    known = {
+        p.stem: p for folder in (OWN / "configs", path.parent) if folder.is_dir() for p in folder.glob("*.py")
+    }
+    known.pop("__init__", None)
+    near = get_close_matches(path.stem, list(known), n=1)
+    if not near:
+        return f"There is no file {path}. Give the path of a config file, such as configs/quickstart.py."
+    found = known[near[0]].resolve()
+    here = Path.cwd()
+    return f"There is no file {path}. Perhaps {found.relative_to(here) if found.is_relative_to(here) else found}?"
+
+
+def _place(error: Exception, path: Path) -> str:
+    """`FILE, line N: `text`` of the last line, in the file or a helper beside it, that the error came through."""
+    file, helpers = path.resolve(), []
+    with contextlib.suppress(SyntaxError):
+        helpers = list(beside(path).values())
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        at = Path(frame.filename)
+        if at == file or any(at.is_relative_to(h) for h in helpers):
+            shown = path if at == file else path.parent / at.relative_to(file.parent)
+            return f"{shown}, line {frame.lineno}: `{(frame.line or '').strip()}`"
+    return str(path)
+
+
+def _keyword(error: Exception, module: ModuleType | None) -> str:
+    """` Perhaps ...?` for a misspelt field of a dataclass that the file names, else an empty string."""
+    match = re.match(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", str(error))
+    kind = getattr(module, match[1], None) if match else None
+    if not match or not is_dataclass(kind) or "Did you mean" in str(error):
+        return ""
+    known = [f.name for f in fields(kind) if f.init]
+    return f" {match[1]} has {', '.join(known)}{nearest(match[2], known)}."

@@ -1,0 +1,111 @@
+"""A dataset of windows over a pair of token files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from experiments.data.contract import Dataset, RowSpec, Split
+from experiments.data.store.token_file import TokenFile, open_token_file
+from experiments.data.store.tokenizer import load_tokenizer
+from sharding.errors import InputError
+
+
+class WindowDataset(Dataset):
+    """Window i of a token file is tokens i*L .. i*L + L + 1 (one more than L, shared with the next window):
+    `tokens` its first L, `labels` its last L, `weights` 1. A rest too short for a window is not used.
+    """
+
+    def __init__(self, folder: Path, length: int):
+        """Open `folder` as written by `prepare`, with windows of `length` tokens. InputError for a bad folder."""
+        if length < 1:
+            raise InputError(f"Asked for windows of {length} tokens; the length must be at least 1.")
+        folder = Path(folder)
+        facts = _read_facts(folder)
+        self.files = {split: _open_side(folder, split, facts) for split in ("train", "heldout")}
+        bpe = facts["tokenizer"] != "bytes"
+        self.tokenizer = load_tokenizer(folder / "tokenizer.json" if bpe else "bytes")
+        if self.tokenizer.vocab != facts["vocab"]:
+            raise InputError(
+                f"{folder}/tokenizer.json has {self.tokenizer.vocab} tokens but the token files were written with "
+                f"{facts['vocab']}: it is another tokenizer. Build the folder again."
+            )
+        self.length = length
+        self.separator = self.tokenizer.separator
+        self.train_rows, self.heldout_rows = (self._count(split) for split in ("train", "heldout"))
+        self.inputs = {
+            "tokens": RowSpec((length,), "int32"),
+            "labels": RowSpec((length,), "int32"),
+            "weights": RowSpec((length,), "float32"),
+        }
+        self.facts = facts
+        self.bytes_per_token_heldout = facts["heldout_bytes"] / facts["heldout_tokens"]
+
+    def gather(self, split: Split, indices: np.ndarray) -> dict[str, np.ndarray]:
+        """Windows `indices` of a split: tokens and labels int32 [n, length], weights float32 [n, length]."""
+        starts = np.asarray(indices, np.int64)[:, None] * self.length
+        windows = self.files[split].tokens[starts + np.arange(self.length + 1)].astype(np.int32)
+        weights = np.ones((len(windows), self.length), np.float32)
+        return {"tokens": windows[:, :-1].copy(), "labels": windows[:, 1:].copy(), "weights": weights}
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of `text`, without a separator. InputError for text with NUL."""
+        if "\0" in text:
+            raise InputError("Text may not contain NUL characters: they separate documents.")
+        return [int(i) for i in self.tokenizer.encode(text.encode("utf-8"))]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of token ids; separators read as U+2404, broken UTF-8 as U+FFFD."""
+        return self.tokenizer.decode(ids)
+
+    def verify(self) -> None:
+        """Hash both token files whole, whatever their size; InputError when one is corrupt."""
+        for file in self.files.values():
+            file.verify()
+
+    def _count(self, split: str) -> int:
+        tokens = self.files[split].header.tokens
+        if (windows := (tokens - 1) // self.length) < 1:
+            raise InputError(
+                f"The {split} side of {self.files[split].path.parent} has {tokens} tokens; one window of length "
+                f"{self.length} needs {self.length + 1}. Use a shorter length or more text."
+            )
+        return windows
+
+
+def _open_side(folder: Path, split: str, facts: dict[str, Any]) -> TokenFile:
+    """One token file, checked against the facts beside it."""
+    opened = open_token_file(folder / f"{split}.tokens")
+    found = (opened.header.payload_sha256, opened.header.tokens, opened.header.vocab)
+    expected = (facts[f"{split}_payload_sha256"], facts[f"{split}_tokens"], facts["vocab"])
+    if found != expected:
+        raise InputError(
+            f"{opened.path} does not belong to the facts.json beside it: it has {found[1]} tokens (sha256 "
+            f"{found[0][:16]}..., vocab {found[2]}), facts.json says {expected[1]} ({str(expected[0])[:16]}..., "
+            f"vocab {expected[2]}). Build the folder again."
+        )
+    return opened
+
+
+def _read_facts(folder: Path) -> dict[str, Any]:
+    path = folder / "facts.json"
+    if not path.is_file():
+        raise InputError(
+            f"{folder} is no folder of token files: it has no facts.json. "
+            "Write one with `shardlab tokenize SOURCE --out DIR`."
+        )
+    needed = {"tokenizer", "vocab"} | {
+        f"{split}_{what}" for split in ("train", "heldout") for what in ("payload_sha256", "tokens", "bytes")
+    }
+    try:
+        facts = json.loads(path.read_text(encoding="utf-8"))
+        missing = sorted(needed - set(facts))
+    except (ValueError, TypeError) as error:
+        raise InputError(f"{path} is not readable JSON ({error}). Build the folder again.") from error
+    if missing:
+        raise InputError(f"{path} lacks {', '.join(missing)}. Build the folder again.")
+    return facts

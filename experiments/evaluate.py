@@ -1,0 +1,69 @@
+"""Held-out loss, and the text that a trained language model writes."""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import TYPE_CHECKING, Any
+
+from experiments.config import Sample
+from experiments.data.contract import Dataset
+from experiments.feed import global_batch
+
+if TYPE_CHECKING:
+    from sharding.step import TrainStep
+
+
+def held_out(step: TrainStep, params: Any, dataset: Dataset, rows: int, batches: int) -> dict[str, float]:
+    """Mean loss over the first `batches` held-out batches of `rows` rows, in nats per token and bits per byte.
+
+    Other sums that the model reports are given as means per token under their own names. Bits per byte where the
+    dataset says how many bytes a held-out token stands for.
+    """
+    total: dict[str, float] = {}
+    enough = min(batches, -(-dataset.heldout_rows // rows))
+    for at in range(enough):
+        batch = global_batch(dataset, "heldout", 0, at, rows, step.batch_shardings())
+        for name, value in step.evaluate(params, batch).items():
+            total[name] = total.get(name, 0.0) + float(value)
+    weight = total.pop("weight")
+    means = {name: value / weight for name, value in total.items()} | {"tokens": weight}
+    per_token = getattr(dataset, "bytes_per_token_heldout", None)
+    if per_token:
+        means["bits_per_byte"] = means["loss"] / math.log(2) / per_token
+    return means
+
+
+def sample(
+    step: TrainStep, params: Any, dataset: Dataset, ask: Sample, rows: int, length: int, seed: int
+) -> str:
+    """The prompt and `ask.tokens` tokens drawn after it, as text.
+
+    The whole window is computed anew for each token, at the shapes and on the mesh of training, so every split that
+    trains can also write; the same text is written in every row, and row 0 is returned.
+    """
+    import jax
+    import jax.numpy as jnp
+
+    ids = dataset.encode(ask.prompt) or [0]
+    sharding = step.batch_shardings()["tokens"]
+
+    @functools.partial(jax.jit, out_shardings=None)
+    def next_token(params: Any, tokens: jax.Array, at: jax.Array, key: jax.Array) -> jax.Array:
+        logits = step.forward(params, "logits", "batch length vocab", (tokens, "batch length"))
+        row = jax.lax.dynamic_index_in_dim(logits[0], at, axis=0, keepdims=False).astype(jnp.float32)
+        if ask.temperature == 0:
+            return jnp.argmax(row)
+        return jax.random.categorical(key, row / ask.temperature)
+
+    key = jax.random.key(seed)
+    import numpy as np
+
+    for i in range(ask.tokens):
+        window = ids[-length:]
+        padded = np.zeros((rows, length), np.int32)
+        padded[:, : len(window)] = window
+        tokens = jax.make_array_from_callback(padded.shape, sharding, lambda index, p=padded: p[index])
+        at = np.int32(len(window) - 1)
+        ids.append(int(next_token(params, tokens, at, jax.random.fold_in(key, i))))
+    return dataset.decode(ids)

@@ -1,0 +1,88 @@
+"""The training loop. It fits one screen; what it calls has its own files.
+
+Order matters in three places: metrics of a step are read `LATE` steps after it was started, so the host never waits for
+a device that has nothing queued; a checkpoint is asked for before the next step donates the state; and the stop request
+is asked once a step on every process, so that all leave at the same step.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from experiments.config import Experiment
+from experiments.data.contract import Dataset
+from experiments.data.prefetch import Prefetcher
+from experiments.evaluate import held_out
+from experiments.feed import global_batch
+from experiments.reporting import Reporter
+from experiments.stopping import StopRequest
+
+if TYPE_CHECKING:
+    from experiments.checkpoints import CheckpointStore
+    from sharding.step import TrainStep
+
+LATE = 2
+"""Steps that run ahead before the metrics of a step are read."""
+
+
+@dataclass
+class Outcome:
+    """How a run ended: the state, the updates made, and why it stopped early ("" when it did not)."""
+
+    state: Any
+    step: int
+    stopped: str
+
+
+def run(
+    experiment: Experiment,
+    step: TrainStep,
+    dataset: Dataset,
+    state: Any,
+    start: int,
+    store: CheckpointStore,
+    meta: dict[str, Any],
+    report: Reporter,
+) -> Outcome:
+    """Train from update `start` to `experiment.steps`; `state` is consumed (donated)."""
+    e, pending, stopped, done = experiment, deque(), "", start
+    shardings = step.batch_shardings()
+    make = lambda at: global_batch(dataset, "train", e.seed, at, e.batch, shardings)
+    due = lambda every, at: at == e.steps or (every > 0 and at % every == 0)
+    with Prefetcher(make, start, e.steps) as batches, StopRequest(agree_every=e.log_every) as stop:
+        for at, batch in batches:
+            state, metrics = step.step(state, batch)
+            done = at + 1
+            if done == start + 1:
+                report.first_step(metrics)
+            if due(e.log_every, done):
+                pending.append((done, metrics))
+            while pending and (pending[0][0] + LATE <= done or done == e.steps):
+                report.step(*pending.popleft(), stalled=batches.waited_s)
+            if due(e.evaluate.every, done):
+                with report.aside("evaluate"):
+                    report.evaluation(
+                        done, held_out(step, state["params"], dataset, e.batch, e.evaluate.batches)
+                    )
+            stopped = stop.reached(done) or ""
+            if stopped or due(e.checkpoints.every, done):
+                with report.aside("save"):
+                    _save(store, done, state, meta, report)
+            if stopped:
+                break
+    while pending:
+        report.step(*pending.popleft(), stalled=0.0)
+    began = time.perf_counter()
+    store.wait()
+    report.events.write("save_wait", time.perf_counter() - began, step=done)
+    return Outcome(state, done, stopped if done < e.steps else "")
+
+
+def _save(store: CheckpointStore, done: int, state: Any, meta: dict[str, Any], report: Reporter) -> None:
+    if store.has(done):
+        return
+    blocked = store.save(done, state, meta)
+    report.events.write("save", blocked, step=done)

@@ -1,0 +1,100 @@
+"""Optimizers as config values, jax-free: optax is imported when the transformation is built."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from sharding.errors import InputError
+
+if TYPE_CHECKING:
+    import optax
+
+
+@dataclass(frozen=True)
+class AdamW:
+    """AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101) with linear warm-up, cosine decay and global-norm clipping.
+
+    With t counted from 0 and T steps in all, the rate is `peak (t+1)/warmup` while t < warmup, then
+    `peak (floor + (1-floor) (1 + cos(pi (t-warmup)/(T-warmup))) / 2)`. The first step has a rate above 0.
+    """
+
+    peak: float = 3e-3
+    """Learning rate at the end of the warm-up."""
+    warmup: int = 20
+    """Steps of linear warm-up; a run that is shorter ends within it."""
+    floor: float = 0.1
+    """Rate that the cosine ends at, as a fraction of `peak`."""
+    b1: float = 0.9
+    """Decay of the mean of the gradient."""
+    b2: float = 0.95
+    """Decay of the mean of the squared gradient."""
+    eps: float = 1e-8
+    """Added to the root of the squared gradient's mean."""
+    weight_decay: float = 0.1
+    """Fraction of a parameter taken off per unit of learning rate, from every parameter."""
+    clip: float = 1.0
+    """Largest norm of the gradient over all parameters together; inf leaves it as it is."""
+
+    def __post_init__(self) -> None:
+        if isinstance(self.warmup, bool) or not isinstance(self.warmup, int):
+            raise InputError(
+                f"optimizer.warmup is {self.warmup!r}, but it counts steps: give a whole number."
+            )
+        for name, holds, wanted in (
+            ("peak", 0 < self.peak < math.inf, "above 0"),
+            ("warmup", self.warmup >= 0, "at least 0 steps"),
+            ("floor", 0 <= self.floor <= 1, "a fraction from 0 to 1"),
+            ("b1", 0 <= self.b1 < 1, "at least 0 and below 1"),
+            ("b2", 0 <= self.b2 < 1, "at least 0 and below 1"),
+            ("eps", 0 < self.eps < math.inf, "above 0"),
+            ("weight_decay", 0 <= self.weight_decay < math.inf, "at least 0"),
+            ("clip", self.clip > 0, "above 0 (inf: no clipping)"),
+        ):
+            if not holds:
+                raise InputError(
+                    f"optimizer.{name} is {getattr(self, name)!r}, but it must be {wanted}. Change it."
+                )
+
+    def schedule(self, steps: int) -> Callable[[Any], Any]:
+        """Step (int or traced int32 scalar, from 0) -> learning rate (float32 scalar) of a run of `steps` steps."""
+        import jax.numpy as jnp
+
+        def rate(step: Any) -> Any:
+            t = jnp.asarray(step, jnp.float32)
+            warm = (t + 1) / max(self.warmup, 1)
+            # A run that ends within the warm-up never reads the cosine: the 1 only keeps the division defined.
+            done = jnp.clip((t - self.warmup) / max(steps - self.warmup, 1), 0, 1)
+            cosine = self.floor + (1 - self.floor) * (1 + jnp.cos(math.pi * done)) / 2
+            return self.peak * jnp.where(t < self.warmup, warm, cosine)
+
+        return rate
+
+    def unclipped(self, steps: int) -> optax.GradientTransformation:
+        """AdamW and its schedule without clipping: elementwise, so that it may be given shards of the arrays."""
+        import jax
+        import optax
+
+        adamw = optax.adamw(
+            self.schedule(steps), b1=self.b1, b2=self.b2, eps=self.eps, weight_decay=self.weight_decay
+        )
+
+        def update(updates: Any, state: Any, params: Any = None) -> Any:
+            # optax raises b1 (float) to the step (int32), which strict dtype promotion forbids.
+            with jax.numpy_dtype_promotion("standard"):
+                return adamw.update(updates, state, params)
+
+        return optax.GradientTransformation(adamw.init, update)
+
+    def build(self, steps: int) -> optax.GradientTransformation:
+        """Clipping by the global norm, then AdamW, for a run of `steps` optimizer steps.
+
+        The norm is taken over the arrays it is given, which therefore must be global (see `unclipped` for shards).
+        """
+        import optax
+
+        if self.clip == math.inf:
+            return self.unclipped(steps)
+        return optax.chain(optax.clip_by_global_norm(self.clip), self.unclipped(steps))

@@ -1,0 +1,62 @@
+"""One informative line per log interval: with colour and a progress bar in a terminal, plain lines when piped."""
+
+from __future__ import annotations
+
+import sys
+from types import TracebackType
+from typing import Self
+
+
+class Progress:
+    """Shows a run of `steps` steps. Only process 0 (`shows`) prints; the others stay quiet."""
+
+    def __init__(self, steps: int, start: int = 0, shows: bool = True):
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+        from rich.progress import Progress as Bar
+
+        self._shows = shows
+        self._terminal = sys.stdout.isatty() and shows
+        self.console = Console(highlight=False, soft_wrap=True, quiet=not shows)
+        self._bar = None
+        if self._terminal:
+            columns = (
+                TextColumn("step"),
+                MofNCompleteColumn(),
+                BarColumn(),
+                TimeElapsedColumn(),
+                TextColumn("{task.fields[eta]}"),
+            )
+            self._bar = Bar(*columns, console=self.console, transient=True)
+            self._task = self._bar.add_task("", total=steps, completed=start, eta="")
+
+    def __enter__(self) -> Self:
+        if self._bar:
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar:
+            self._bar.stop()
+
+    def line(self, text: str, style: str = "") -> None:
+        """Print one line; without markup, so that any text is shown as it is."""
+        if self._shows:
+            self.console.print(text, style=style or None, markup=False)
+            if not self._terminal:
+                sys.stdout.flush()
+
+    def reached(self, step: int, eta: str = "") -> None:
+        """Move the bar to `step` updates done."""
+        if self._bar:
+            self._bar.update(self._task, completed=step, eta=f"eta {eta}" if eta else "")
+
+
+def clock(seconds: float) -> str:
+    """Seconds as 3.2s, 1m05s or 2h07m."""
+    if seconds < 60:
+        return f"{seconds:.1f}s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes}m{rest:02d}s" if minutes < 60 else f"{minutes // 60}h{minutes % 60:02d}m"

@@ -1,0 +1,31 @@
+"""The multilayer perceptron's configuration. No jax here, so that a config file parses at once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from models.mlp import MLP
+
+
+@dataclass(frozen=True)
+class MLPConfig:
+    """Sizes of a residual multilayer perceptron that classifies feature vectors."""
+
+    features: int = 64
+    """Features of one example."""
+    embed: int = 128
+    """Width of the residual stream."""
+    mlp: int = 256
+    """Hidden features of a layer."""
+    layers: int = 2
+    """Residual layers."""
+    classes: int = 10
+    """Classes to tell apart."""
+
+    def build(self) -> MLP:
+        """The model, without arrays."""
+        from models.mlp import MLP
+
+        return MLP(self)

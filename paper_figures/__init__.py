@@ -1,0 +1,1 @@
+"""Records to figures: one figure is one file here, and none of them imports jax."""

@@ -1,0 +1,71 @@
+"""Rotary positions and causal grouped-query attention as named ops."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from jax import Array, lax
+
+from sharding.errors import InputError
+from sharding.ops import back, positions, whole
+from sharding.region import current, tap
+
+
+def rope(x: Array, names: str, theta: float = 10000.0) -> Array:
+    """Rotary position embedding (Su et al. 2021, eq. 34) over the last of `names`; positions along `length`.
+
+    The first half of the last dim is rotated against its second half, in float32.
+    """
+    words = tuple(names.split())
+    half = x.shape[-1] // 2
+    frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    angle = positions(x, names).astype(jnp.float32)[:, None] * frequency[None, :]
+    shape = [1] * x.ndim
+    shape[words.index("length")], shape[-1] = x.shape[words.index("length")], half
+    cos, sin = jnp.cos(angle).reshape(shape), jnp.sin(angle).reshape(shape)
+    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([a * cos - b * sin, a * sin + b * cos], axis=-1).astype(x.dtype)
+
+
+def attention(q: Array, k: Array, v: Array) -> Array:
+    """Causal softmax attention; q: `batch length heads head_dim`, k and v: `batch length kv_heads head_dim`.
+
+    Query head h reads key head h // (heads / kv_heads) (Ainslie et al. 2023). Scores are scaled by head_dim**-0.5 and
+    taken in float32. Where heads are split, each device attends with its own; length and head_dim are made whole.
+    """
+    of_q, of_kv = "batch length heads head_dim", "batch length kv_heads head_dim"
+    q, lies = whole(q, of_q, "length", "head_dim")
+    region = current()
+    if region is not None and region.manual:
+        same = region.dims(tuple(of_kv.split()))[2] == lies[2]
+        full = ("length", "head_dim") if same else ("length", "head_dim", "kv_heads")
+        k, _ = whole(k, of_kv, *full)
+        v, _ = whole(v, of_kv, *full)
+        if not same:
+            k, v = (_heads_of(q, x, lies[2]) for x in (k, v))
+    if q.shape[2] % k.shape[2]:
+        raise InputError(
+            f"attention has {q.shape[2]} query heads for {k.shape[2]} key heads. Make heads a multiple of kv_heads."
+        )
+    return tap("attention", tuple(of_q.split()), back(causal_attention(q, k, v), of_q, lies))
+
+
+def _heads_of(q: Array, kv: Array, axes: tuple[str, ...]) -> Array:
+    """The key or value head of each query head held here, when key heads lie whole: one each."""
+    split = lax.axis_size(axes) if axes else 1
+    first = lax.axis_index(axes) * q.shape[2] if axes else 0
+    group = q.shape[2] * split // kv.shape[2]
+    return jnp.take(kv, (first + jnp.arange(q.shape[2], dtype=jnp.int32)) // group, axis=2)
+
+
+def causal_attention(q: Array, k: Array, v: Array) -> Array:
+    """Causal grouped-query attention on one device. q: (B, L, H, K), k and v: (B, L, J, K); returns (B, L, H, K)."""
+    batch, length, heads, dim = q.shape
+    groups = heads // k.shape[2]
+    q = q.reshape(batch, length, k.shape[2], groups, dim) * jnp.asarray(dim**-0.5, q.dtype)
+    scores = jnp.einsum("bqjgk,bsjk->bjgqs", q, k, preferred_element_type=jnp.float32)
+    seen = jnp.arange(length)[:, None] >= jnp.arange(length)[None, :]
+    scores = jnp.where(seen, scores, jnp.asarray(jnp.finfo(jnp.float32).min, scores.dtype))
+    weights = jnp.exp(scores - lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True)))
+    weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
+    out = jnp.einsum("bjgqs,bsjk->bqjgk", weights.astype(v.dtype), v)
+    return out.reshape(batch, length, heads, dim)

@@ -1,0 +1,217 @@
+"""The named ops that models speak: they compute what `jax.numpy` computes, and derive their collectives from layouts.
+
+Arrays carry no wrapper: the op's text names the dims, and an activation with given names lies by the rules' layout for
+those names. Parameters (`sharding.params.param`) carry their own names. The same call serves one device, the manual
+region (local shards, explicit collectives) and XLA's partitioner (global arrays, sharding constraints).
+"""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array, lax
+
+from sharding.contraction import parse, plan
+from sharding.errors import InputError
+from sharding.layout import Dims
+from sharding.region import Region, current, names_of, tap, value
+from sharding.relayout import finish, vary, varying
+
+Operand = Array | nnx.Param
+
+
+def einsum(spec: str, *operands: Operand) -> Array:
+    """Named contraction of one or two operands: `einsum("batch length embed, embed mlp -> batch length mlp", x, w)`.
+
+    Names replace letters; a name missing from the result is summed over all of its elements on every device, so
+    `einsum("batch length ->", loss)` is the global sum. Parameters are cast to the first activation's dtype before they
+    are gathered. Collectives: those of the cheapest `sharding.contraction.plan`. Raises InputError when a parameter's
+    names are not those the text gives it.
+    """
+    terms, result = parse(spec)
+    if len(terms) != len(operands):
+        raise InputError(f"einsum {spec!r} describes {len(terms)} operands but got {len(operands)}.")
+    for names, x in zip(terms, operands, strict=True):
+        if isinstance(x, nnx.Variable) and names_of(x) != names:
+            raise InputError(
+                f"einsum {spec!r} names a parameter's dims {' '.join(names)!r}, but {x.path} was declared as "
+                f"{' '.join(names_of(x) or ())!r}. Write its own names in their order."
+            )
+    arrays = [x for x in operands if not isinstance(x, nnx.Variable)]
+    dtype = arrays[0].dtype if arrays else value(operands[0]).dtype
+    formula = _letters(terms, result)
+    region = current()
+    if region is None or not region.manual:
+        taken = [_global(region, x, dtype) for x in operands]
+        return tap("einsum", result, _settle(region, jnp.einsum(formula, *taken), result))
+    taken, layouts = _local(region, operands, terms, dtype)
+    wanted = region.dims(result)
+    shapes, items = tuple(x.shape for x in taken), tuple(x.dtype.itemsize for x in taken)
+    best = plan(spec, layouts, shapes, items, wanted, region.layouts.sizes)
+    union = frozenset().union(*(varying(x) for x in taken), *(a for dims in best.operands for a in dims))
+    moved = [
+        region.move(x, src, dst, union) for x, src, dst in zip(taken, layouts, best.operands, strict=True)
+    ]
+    product = jnp.einsum(formula, *moved)
+    return tap("einsum", result, finish(product, best.reduce, best.produced, wanted))
+
+
+def embed(table: Operand, ids: Array, names: str) -> Array:
+    """Rows `ids` of a table whose dims are `vocab embed`; `names` are the dims of `ids`. Result: those and `embed`.
+
+    With the vocabulary split, each device looks up the rows that it holds and the partial results are reduced
+    (Shoeybi et al. 2019, section 3). ids: integers in [0, vocab).
+    """
+    into = tuple(names.split())
+    rows, width = names_of(table) or ("vocab", "embed")
+    result = (*into, width)
+    region = current()
+    if region is None or not region.manual:
+        return tap(
+            "embed", result, _settle(region, jnp.take(_global(region, table, None), ids, axis=0), result)
+        )
+    (held,), (dims,) = _local(region, (table,), ((rows, width),), None, varying(ids))
+    wanted, lies = region.dims(result), region.dims(into)
+    clash = set(dims[0]) | set(dims[1])
+    dst = tuple(tuple(a for a in axes if a not in clash) for axes in lies)
+    ids = region.move(ids, lies, dst, frozenset(clash))
+    if dims[0]:
+        ids, here = _own_rows(ids, dims[0], held.shape[0])
+        taken = jnp.take(held, jnp.clip(ids, 0, held.shape[0] - 1), axis=0, mode="clip")
+        taken = jnp.where(here[..., None], taken, jnp.zeros((), held.dtype))
+    else:
+        taken = jnp.take(held, ids, axis=0)
+    return tap("embed", result, finish(taken, dims[0], (*dst, dims[1]), wanted))
+
+
+def rms_norm(x: Array, scale: Operand, names: str, eps: float = 1e-6) -> Array:
+    """Root-mean-square norm over the last of `names` (Zhang and Sennrich 2019), in float32, times `scale`."""
+    words = tuple(names.split())
+    region = current()
+    x32 = x.astype(jnp.float32)
+    if region is None or not region.manual:
+        weight, mean = _global(region, scale, None), jnp.mean(jnp.square(x32), axis=-1, keepdims=True)
+    else:
+        dims = region.dims(words)
+        (held,), (lies,) = _local(region, (scale,), ((words[-1],),), None, varying(x))
+        weight = region.move(held, lies, (dims[-1],), varying(x))
+        mean = jnp.mean(jnp.square(x32), axis=-1, keepdims=True)
+        if dims[-1]:
+            mean = lax.pmean(mean, dims[-1])
+    out = x32 * lax.rsqrt(mean + eps) * weight.astype(jnp.float32).reshape((1,) * (x.ndim - 1) + (-1,))
+    return tap("rms_norm", words, _settle(region, out.astype(x.dtype), words))
+
+
+def cross_entropy(logits: Array, labels: Array, names: str) -> Array:
+    """Negative log-likelihood in nats of integer `labels` under `logits`, whose dims are `names`; float32.
+
+    The classes are the last of `names`. Where they are split, only the maximum, the sum of exponentials and the label's
+    logit cross devices, one number a token each (Shoeybi et al. 2019, section 3). Result: names without the last.
+    """
+    words = tuple(names.split())
+    kept = words[:-1]
+    region = current()
+    z, classes, dims = logits.astype(jnp.float32), (), ()
+    if region is not None and region.manual:
+        dims = region.dims(words)
+        classes = dims[-1]
+        labels = region.move(labels, region.dims(kept), dims[:-1])
+    top = jnp.max(lax.stop_gradient(z), axis=-1)
+    if classes:
+        top = lax.pmax(top, classes)
+        labels, _ = _own_rows(labels, classes, z.shape[-1])
+    total = jnp.sum(jnp.exp(z - top[..., None]), axis=-1)
+    own = labels[..., None] == lax.broadcasted_iota(
+        labels.dtype, z.shape, z.ndim - 1
+    )  # fuses, unlike a gather
+    chosen = jnp.sum(jnp.where(own, z, jnp.zeros((), z.dtype)), axis=-1)
+    if classes:
+        total, chosen = lax.psum((total, chosen), classes)
+    loss = jnp.log(total) + top - chosen
+    if region is None or not region.manual:
+        return tap("cross_entropy", kept, _settle(region, loss, kept))
+    return tap("cross_entropy", kept, region.move(loss, dims[:-1], region.dims(kept)))
+
+
+def positions(x: Array, names: str, name: str = "length") -> Array:
+    """Global positions along the dim `name` of `x` as it lies here: int32, local length. `names` are the dims of `x`."""
+    words = tuple(names.split())
+    at = words.index(name)
+    region = current()
+    index = jnp.arange(x.shape[at], dtype=jnp.int32)
+    if region is not None and region.manual and region.dims(words)[at]:
+        index = index + (lax.axis_index(region.dims(words)[at]) * x.shape[at]).astype(jnp.int32)
+    return index
+
+
+def whole(x: Array, names: str, *full: str) -> tuple[Array, Dims]:
+    """`x` with the dims `full` gathered on every device, and the layout it then has: for ops that need a whole dim."""
+    words = tuple(names.split())
+    region = current()
+    if region is None or not region.manual:
+        return x, ((),) * x.ndim
+    src = region.dims(words)
+    dst = tuple(() if n in full else axes for n, axes in zip(words, src, strict=True))
+    return region.move(x, src, dst), dst
+
+
+def back(x: Array, names: str, dims: Dims) -> Array:
+    """`x`, which lies by `dims`, brought to the layout of its names."""
+    words = tuple(names.split())
+    region = current()
+    if region is None or not region.manual:
+        return _settle(region, x, words)
+    return region.move(x, dims, region.dims(words))
+
+
+def _letters(terms: tuple[tuple[str, ...], ...], result: tuple[str, ...]) -> str:
+    letter = {n: chr(ord("a") + i) for i, n in enumerate(dict.fromkeys(n for t in terms for n in t))}
+    left = ",".join("".join(letter[n] for n in t) for t in terms)
+    return f"{left}->{''.join(letter[n] for n in result)}"
+
+
+def _global(region: Region | None, x: Operand, dtype: jnp.dtype | None) -> Array:
+    """A parameter as the layer uses it on one device or under XLA's partitioner."""
+    array = value(x, dtype)
+    if region is None or not isinstance(x, nnx.Variable):
+        return array
+    return region.constrain(array, region.param(x).compute.dims)
+
+
+def _settle(region: Region | None, x: Array, names: tuple[str, ...]) -> Array:
+    """State the layout of a result under XLA's partitioner; in the manual region it lies there already."""
+    return x if region is None or region.manual else region.constrain(x, region.dims(names))
+
+
+def _local(
+    region: Region,
+    operands: tuple[Operand, ...],
+    terms: tuple[tuple[str, ...], ...],
+    dtype: jnp.dtype | None,
+    also_varying: frozenset[str] = frozenset(),
+) -> tuple[list[Array], tuple[Dims, ...]]:
+    """Local operands and their layouts, parameters gathered from rest to the layout of their use."""
+    use = also_varying.union(*(varying(x) for x in operands if not isinstance(x, nnx.Variable)))
+    arrays, layouts = [], []
+    for x, names in zip(operands, terms, strict=True):
+        if isinstance(x, nnx.Variable):
+            lies = region.param(x)
+            rest, dims = lies.param.dims, lies.compute.dims
+            gathered = frozenset(a for dim in rest for a in dim) - frozenset(a for dim in dims for a in dim)
+            array = value(x, dtype)
+            stays = use & gathered
+            arrays.append(region.move(array, rest, dims, stays) if rest != dims else array)
+            layouts.append(dims)
+        else:
+            arrays.append(x)
+            layouts.append(region.dims(names))
+    return arrays, tuple(layouts)
+
+
+def _own_rows(ids: Array, axes: tuple[str, ...], rows: int) -> tuple[Array, Array]:
+    """Indices relative to this device's block of `rows` rows, and where they lie in it."""
+    local = vary(ids, frozenset(axes)) - (lax.axis_index(axes) * rows).astype(ids.dtype)
+    return local, (local >= 0) & (local < rows)
+
+
+__all__ = ["back", "cross_entropy", "einsum", "embed", "positions", "rms_norm", "whole"]

@@ -1,0 +1,132 @@
+"""The abstract tree: every parameter's path, shape, dtype, names and initializer, before any array exists.
+
+A model is built without arrays: each `param` holds a `jax.ShapeDtypeStruct`. Shapes, layouts, memory, FLOPs and the
+initial values all derive from it. In a train state parameters are one flat dict, path -> array.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TypeVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from sharding.errors import InputError
+
+Init = Callable[[jax.Array, tuple[int, ...], jnp.dtype], jax.Array]
+M = TypeVar("M", bound=nnx.Module)
+
+
+def normal(stddev: float) -> Init:
+    """Initializer: normal with this standard deviation, mean 0."""
+    return lambda key, shape, dtype: stddev * jax.random.normal(key, shape, dtype)
+
+
+def ones(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
+    """Initializer: ones."""
+    return jnp.ones(shape, dtype)
+
+
+def zeros(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
+    """Initializer: zeros."""
+    return jnp.zeros(shape, dtype)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One entry of a batch that a model reads: names of its dims, `batch` first, and the shape and dtype of one row."""
+
+    names: str
+    row: tuple[int, ...]
+    dtype: str
+
+    def abstract(self, rows: int) -> jax.ShapeDtypeStruct:
+        """Shape and dtype of a batch of `rows` rows."""
+        return jax.ShapeDtypeStruct((rows, *self.row), self.dtype)
+
+
+@dataclass(frozen=True)
+class ParamSpec:
+    """One parameter of the abstract tree. `shape` is global, stacked dims included; `names` names every dim."""
+
+    path: str
+    shape: tuple[int, ...]
+    dtype: jnp.dtype
+    names: tuple[str, ...]
+    init: Init
+
+    @property
+    def size(self) -> int:
+        """Elements."""
+        return math.prod(self.shape)
+
+    def abstract(self) -> jax.ShapeDtypeStruct:
+        """Shape and dtype as jax asks for them."""
+        return jax.ShapeDtypeStruct(self.shape, self.dtype)
+
+
+def param(names: str, shape: tuple[int, ...], init: Init, dtype: jnp.dtype = jnp.float32) -> nnx.Param:
+    """Declare a parameter: `param("embed mlp", (256, 1024), normal(256**-0.5))`. No array is made."""
+    words = tuple(names.split())
+    if len(words) != len(shape):
+        raise InputError(
+            f"A parameter names {len(words)} dims ({names}) for a shape of {len(shape)} dims {shape}. Name every dim."
+        )
+    return nnx.Param(
+        jax.ShapeDtypeStruct(shape, dtype), names=words, global_shape=tuple(shape), init=init, path=""
+    )
+
+
+def stack(block: M, n: int) -> M:
+    """Stack a block `n` times: every parameter gets a leading dim `layers` of size n. Returns the same block."""
+    for _, variable in nnx.to_flat_state(nnx.state(block, nnx.Param)):
+        at_rest = jax.ShapeDtypeStruct((n, *variable.global_shape), variable.get_value().dtype)
+        variable.set_metadata(names=("layers", *variable.names), global_shape=at_rest.shape)
+        variable.set_value(at_rest)
+    return block
+
+
+def declare(model: nnx.Module) -> dict[str, ParamSpec]:
+    """The abstract tree of a model, path -> ParamSpec; also tells each parameter its path."""
+    tree: dict[str, ParamSpec] = {}
+    for keys, variable in nnx.to_flat_state(nnx.state(model, nnx.Param)):
+        path = ".".join(map(str, keys))
+        meta = variable.get_metadata()
+        if "names" not in meta or "init" not in meta:
+            raise InputError(
+                f"Parameter {path} carries no names: declare it with sharding.params.param(names, shape, init)."
+            )
+        variable.set_metadata(path=path)
+        value = variable.get_value()
+        tree[path] = ParamSpec(
+            path, tuple(meta["global_shape"]), value.dtype, tuple(meta["names"]), meta["init"]
+        )
+    return tree
+
+
+def bind(model: M, arrays: Mapping[str, jax.Array]) -> M:
+    """A copy of `model` whose parameters hold `arrays` (path -> array); the paths must be the model's own."""
+    graph, state = nnx.split(model)
+    flat = [
+        (k, v.replace(arrays[".".join(map(str, k))]) if isinstance(v, nnx.Param) else v)
+        for k, v in nnx.to_flat_state(state)
+    ]
+    return nnx.merge(graph, nnx.from_flat_state(flat))
+
+
+def values(model: nnx.Module) -> dict[str, jax.Array]:
+    """The arrays that a model's parameters hold now, path -> array."""
+    return {".".join(map(str, k)): v.get_value() for k, v in nnx.to_flat_state(nnx.state(model, nnx.Param))}
+
+
+def initial(tree: Mapping[str, ParamSpec], seed: int) -> dict[str, jax.Array]:
+    """Initial parameters: each a pure function of (seed, path), hence bitwise equal on every mesh."""
+    key = jax.random.key(seed)
+    return {
+        p: s.init(jax.random.fold_in(key, zlib.crc32(p.encode())), s.shape, s.dtype) for p, s in tree.items()
+    }

@@ -1,0 +1,147 @@
+"""The region in which named ops run: which layouts hold, who partitions, and what was traced.
+
+Without a region the named ops are plain `jax.numpy` on one device; a model is then an ordinary Flax module.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+from jax.extend.core import get_opaque_trace_state
+from jax.sharding import Mesh, NamedSharding
+
+from sharding.layout import Dims, Layouts, ParamLayouts
+from sharding.partitioner import Auto, Manual, Partitioner
+from sharding.relayout import relayout, vary, varying
+
+_current: ContextVar[Region | None] = ContextVar("region", default=None)
+
+
+@dataclass(frozen=True)
+class Tap:
+    """One array that a named op produced: what `explain` and `verify` see of a trace."""
+
+    op: str
+    names: tuple[str, ...]
+    shape: tuple[int, ...]
+    dtype: str
+    source: str
+
+
+@dataclass
+class Region:
+    """One trace of a step under one partitioner. Make a new one for each trace."""
+
+    layouts: Layouts
+    mesh: Mesh | None
+    partitioner: Partitioner
+    taps: list[Tap] | None = None
+    """Filled with every named op's result when it is a list."""
+    _memo: dict[tuple, tuple[Any, Array, Array]] = field(default_factory=dict)
+
+    @property
+    def manual(self) -> bool:
+        """Whether arrays are local shards inside one manual region."""
+        return isinstance(self.partitioner, Manual)
+
+    def dims(self, names: tuple[str, ...]) -> Dims:
+        """Layout of an activation with these names."""
+        return self.layouts.activation(names).dims
+
+    def once(self, x: Array, what: tuple, make: Callable[[], Array]) -> Array:
+        """`make()`, made once for this array in this trace.
+
+        q, k and v projections of one activation then share one gather forward and one all-reduce backward (Megatron's
+        *f*) although the model's author wrote three einsums.
+        """
+        key, trace = (id(x), *what), get_opaque_trace_state(convention="nnx")
+        held = self._memo.get(key)
+        if held is None or held[0] != trace:
+            held = (trace, x, make())  # holding x keeps its id from being used again
+            self._memo[key] = held
+        return held[2]
+
+    def move(self, x: Array, src: Dims, dst: Dims, stays: frozenset[str] = frozenset()) -> Array:
+        """`relayout`, once for each array and target; then typed as varying over `stays` too."""
+        if src != dst:
+            x = self.once(x, ("move", src, dst, stays), lambda x=x: relayout(x, src, dst, stays))
+        if jnp.issubdtype(x.dtype, jnp.inexact) and not stays <= varying(x):
+            x = self.once(x, ("vary", stays), lambda x=x: vary(x, stays))
+        return x
+
+    def constrain(self, x: Array, dims: Dims) -> Array:
+        """XLA's partitioner: state where `x` lies."""
+        from sharding.layout import Layout
+
+        spec = Layout(("",) * len(dims), dims).spec()
+        return (
+            jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, spec))
+            if self.mesh is not None
+            else x
+        )
+
+    def param(self, variable: nnx.Param) -> ParamLayouts:
+        """Layouts of a parameter as the trace holds it: without the stacked dims that a scan has taken away."""
+        shape = variable.global_shape
+        layouts = self.layouts.param(variable.path, variable.names, shape)
+        return layouts.drop(len(shape) - variable.get_value().ndim)
+
+
+def current() -> Region | None:
+    """The region of the trace at hand, or None outside any."""
+    return _current.get()
+
+
+@contextmanager
+def enter(region: Region) -> Iterator[Region]:
+    """Named ops called inside this context belong to `region`."""
+    token = _current.set(region)
+    try:
+        yield region
+    finally:
+        _current.reset(token)
+
+
+def names_of(x: Array | nnx.Param) -> tuple[str, ...] | None:
+    """Names of a parameter's dims as the trace holds it; None for an activation, whose names the op's text says."""
+    if not isinstance(x, nnx.Variable):
+        return None
+    return tuple(x.names[len(x.global_shape) - x.get_value().ndim :])
+
+
+def value(x: Array | nnx.Param, dtype: jnp.dtype | None = None) -> Array:
+    """The array of a parameter or an activation, a floating-point parameter cast to `dtype`."""
+    if not isinstance(x, nnx.Variable):
+        return x
+    array = x.get_value()
+    if dtype is None or array.dtype == dtype or not jnp.issubdtype(array.dtype, jnp.floating):
+        return array
+    region = current()
+    cast = lambda: array.astype(dtype)
+    return cast() if region is None else region.once(array, ("cast", str(dtype)), cast)
+
+
+def tap(op: str, names: tuple[str, ...], x: Array) -> Array:
+    """Note the result of a named op where a region listens; returns it."""
+    region = current()
+    if region is not None and region.taps is not None:
+        frame = sys._getframe(2)
+        while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("sharding."):
+            frame = frame.f_back
+        shape = tuple(x.shape)
+        region.taps.append(
+            Tap(op, names, shape, str(x.dtype), f"{frame.f_code.co_filename}:{frame.f_lineno}")
+        )
+    return x
+
+
+__all__ = ["Auto", "Manual", "Region", "Tap", "current", "enter", "names_of", "tap", "value"]

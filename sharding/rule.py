@@ -1,0 +1,187 @@
+"""Rules are values: what turns the names of an array's dims into mesh axes. No jax here.
+
+A rule says, for a role, which axis splits which named dim. The roles of a parameter are nested, each starting from
+the layout before it, so that going from one to the next only ever slices, and going back only ever gathers:
+
+    compute    the parameter as the layer uses it                       Megatron splits here
+    param      the parameter at rest, between uses                      FSDP / ZeRO-3 splits here
+    gradient   its gradient, accumulated over micro-batches             ZeRO-2 splits here
+    optimizer  the optimizer's state, and the update computed from it   ZeRO-1 splits here
+
+and `activation` is every array that depends on the batch. Rules chain left to right with `|`; each sees the layout so
+far and may only fill what is free.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from sharding.axes import AXES, nearest
+from sharding.errors import InputError
+
+PARAM_ROLES = ("compute", "param", "gradient", "optimizer")
+ROLES = (*PARAM_ROLES, "activation")
+
+
+@dataclass(frozen=True)
+class Split:
+    """How one dim is to be split: over which axis, and what to do when dim or axis is taken already."""
+
+    axis: str
+    when_taken: str = "error"
+    """"error": a taken dim or axis is a conflict. "also": a taken dim is split further by this axis, inside the split
+    it has. "decline": the placement is left out, counted and explained."""
+
+
+def also(axis: str) -> Split:
+    """Split the dim over `axis` as well, inside whatever split earlier rules gave it (batch over data, then fsdp)."""
+    return Split(axis, "also")
+
+
+def if_free(axis: str) -> Split:
+    """Split the dim over `axis` unless an earlier rule has used dim or axis in this array (sequence parallelism)."""
+    return Split(axis, "decline")
+
+
+@dataclass(frozen=True)
+class Ask:
+    """What a rule sees of one array: its role, names, shape, and the axes that split each dim so far.
+
+    `shape` is the global shape; None for activations, whose layout follows from their names alone.
+    """
+
+    path: str
+    role: str
+    names: tuple[str, ...]
+    shape: tuple[int, ...] | None
+    dims: tuple[tuple[str, ...], ...]
+    sizes: Mapping[str, int] = field(hash=False)
+
+    def size(self, axis: str) -> int:
+        """Devices along `axis`; InputError for an axis that does not exist."""
+        if axis not in self.sizes:
+            raise InputError(
+                f"A rule asks for an axis {axis!r}, which does not exist{nearest(axis, AXES)}. The axes are {', '.join(AXES)}."
+            )
+        return self.sizes[axis]
+
+    def local(self, dim: int) -> int:
+        """Size of a dim on one device under the layout so far."""
+        assert self.shape is not None, "activations have no shape here"
+        size = self.shape[dim]
+        for axis in self.dims[dim]:
+            size //= self.sizes[axis]
+        return size
+
+
+Placing = Mapping[str, "str | Split"] | Callable[[Ask], Mapping[str, "str | Split"]]
+
+
+def largest_dim(axis: str, never: tuple[str, ...] = ("layers",)) -> Callable[[Ask], Mapping[str, Split]]:
+    """Placing that splits, over `axis`, the largest dim that divides: an unsplit one if there is one, else further.
+
+    `layers` is never chosen: a scan over layers would have to gather the whole stack at once. An array without such a
+    dim is left as it is, which `explain` counts and names.
+    """
+
+    def place(ask: Ask) -> Mapping[str, Split]:
+        n = ask.size(axis)
+        fits = [d for d, name in enumerate(ask.names) if name not in never and ask.local(d) % n == 0]
+        free = [d for d in fits if not ask.dims[d]]
+        best = max(free or fits, key=ask.local, default=None)
+        return {} if best is None else {ask.names[best]: also(axis)}
+
+    return place
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One rule: per role a mapping from names to axes, or a function of an `Ask` that returns such a mapping.
+
+    A plain string is a claim (`{"mlp": "tensor"}`): a dim or axis that is taken already is then an error.
+    """
+
+    compute: Placing = field(default_factory=dict)
+    param: Placing = field(default_factory=dict)
+    gradient: Placing = field(default_factory=dict)
+    optimizer: Placing = field(default_factory=dict)
+    activation: Placing = field(default_factory=dict)
+    replicated: tuple[str, ...] = ()
+    """Names that this rule declares to stay whole, so that no other rule needs to know them."""
+    call: str = field(default="", init=False)
+    """The expression that makes this rule, e.g. `fsdp(axis='fsdp')`; filled by `@rule`."""
+    source: str = field(default="", init=False)
+    """file:line of the rule's factory; filled by `@rule`."""
+
+    def __hash__(self) -> int:
+        return hash((self.call, self.source))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Rule) and (self.call, self.source) == (other.call, other.source)
+
+    def names(self) -> set[str]:
+        """Every name that the rule's mappings and `replicated` speak of (functions speak of none)."""
+        tables = (getattr(self, role) for role in ROLES)
+        return {n for t in tables if not callable(t) for n in t} | set(self.replicated)
+
+    def place(self, ask: Ask) -> Mapping[str, Split]:
+        """What this rule wants for one array: name -> Split."""
+        placing = getattr(self, ask.role)
+        wanted = placing(ask) if callable(placing) else {n: s for n, s in placing.items() if n in ask.names}
+        splits = {n: Split(s) if isinstance(s, str) else s for n, s in wanted.items()}
+        for name, split in splits.items():
+            if split.axis not in AXES:
+                raise InputError(
+                    f"Rule {self.call} ({self.source}) splits {name!r} over an axis {split.axis!r}, which does not "
+                    f"exist{nearest(split.axis, AXES)}. The axes are {', '.join(AXES)}."
+                )
+            if name not in ask.names:
+                raise InputError(
+                    f"Rule {self.call} ({self.source}) wants to split a dim {name!r} of {ask.path or 'an array'}, whose "
+                    f"dims are {' '.join(ask.names)}{nearest(name, ask.names)}."
+                )
+        return splits
+
+
+@dataclass(frozen=True)
+class Rules:
+    """A chain of rules, applied left to right. `data() | fsdp()` makes one; its repr is that expression."""
+
+    chain: tuple[Rule, ...] = ()
+
+    def __or__(self, other: Rules) -> Rules:
+        if not isinstance(other, Rules):
+            raise InputError(
+                f"Rules chain with other rules, as in data() | fsdp(); got {other!r}. Was a rule written without ()?"
+            )
+        return Rules(self.chain + other.chain)
+
+    def __repr__(self) -> str:
+        return " | ".join(r.call for r in self.chain) or "Rules()"
+
+
+def rule(factory: Callable[..., Rule]) -> Callable[..., Rules]:
+    """Make a function that returns a `Rule` into a rule factory: its calls are `Rules` that know name and source line.
+
+    Example, a whole rule file:
+
+        @rule
+        def tensor(axis: str = "tensor") -> Rule:
+            split = {"mlp": axis, "heads": axis, "kv_heads": axis, "vocab": axis}
+            return Rule(compute=split, activation=split)
+    """
+
+    @functools.wraps(factory)
+    def make(*args: object, **kwargs: object) -> Rules:
+        made = factory(*args, **kwargs)
+        bound = inspect.signature(factory).bind(*args, **kwargs)
+        words = ", ".join([*map(repr, bound.args), *(f"{k}={v!r}" for k, v in bound.kwargs.items())])
+        code = inspect.unwrap(factory).__code__
+        object.__setattr__(made, "call", f"{factory.__name__}({words})")
+        object.__setattr__(made, "source", f"{code.co_filename}:{code.co_firstlineno}")
+        return Rules((made,))
+
+    return make

@@ -1,0 +1,295 @@
+"""One jitted, donated train step from (state, batch) to (state, metrics), for any rules, mesh and partitioner.
+
+Manual partitioner: loss, gradients and every collective run in one `jax.shard_map` over all axes with `check_vma` on, so
+that a forgotten reduction is an error at trace time. The optimizer runs outside it in the same jit on arrays that all
+lie by the `optimizer` role: an elementwise update then needs no communication, and one that is not elementwise
+(Adafactor, Muon) stays right because XLA partitions it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax import Array, lax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from sharding.errors import InputError
+from sharding.layout import Layout, Layouts, ParamLayouts
+from sharding.params import ParamSpec, bind, declare, initial
+from sharding.partitioner import Manual, Partitioner
+from sharding.region import Region, enter
+from sharding.relayout import finish, relayout, vary, varying
+
+State = dict[str, Any]
+"""params: path -> array; optimizer: optax state; step: int32 scalar, the number of updates made."""
+
+
+@dataclass(frozen=True)
+class Split:
+    """How training is split: rules on a mesh under a partitioner, with gradients accumulated over micro-batches."""
+
+    layouts: Layouts
+    mesh: Mesh | None
+    partitioner: Partitioner = field(default_factory=Manual)
+    accumulate: int = 1
+
+
+class TrainStep:
+    """A model, an optimizer and a split, made into compiled functions.
+
+    `init(seed)` gives the state, `step(state, batch)` an updated state and metrics (loss in nats per weight, weight,
+    gradient norm before clipping), `evaluate(params, batch)` global sums, `forward(params, method, ...)` any output.
+    """
+
+    def __init__(
+        self, model: nnx.Module, optimizer: optax.GradientTransformation, split: Split, clip: float = 0.0
+    ):
+        self.model, self.optimizer, self.split, self.clip = model, optimizer, split, clip
+        self.tree: dict[str, ParamSpec] = declare(model)
+        self.layouts: dict[str, ParamLayouts] = {
+            p: split.layouts.param(p, s.names, s.shape) for p, s in self.tree.items()
+        }
+        self.inputs: dict[str, Layout] = {
+            k: split.layouts.activation(tuple(entry.names.split())) for k, entry in model.inputs.items()
+        }
+        used = {a for p in self.layouts.values() for a in p.compute.axes}
+        self.token_axes = frozenset(a for x in self.inputs.values() for a in x.axes) - used
+        self.step = jax.jit(self.update, donate_argnums=0, out_shardings=(self.state_shardings(), None))
+        self.evaluate = jax.jit(self._evaluate)
+
+    # what lies where
+
+    def sharding(self, layout: Layout) -> NamedSharding | None:
+        """The jax sharding of a layout on this split's mesh; None without a mesh."""
+        return None if self.split.mesh is None else NamedSharding(self.split.mesh, layout.spec())
+
+    def batch_shardings(self) -> dict[str, NamedSharding | None]:
+        """Where each entry of a batch lies."""
+        return {k: self.sharding(layout) for k, layout in self.inputs.items()}
+
+    def abstract_batch(self, rows: int) -> dict[str, jax.ShapeDtypeStruct]:
+        """Shapes and dtypes of a batch of `rows` rows."""
+        return {k: entry.abstract(rows) for k, entry in self.model.inputs.items()}
+
+    def abstract_state(self) -> State:
+        """Shapes, dtypes and shardings of the state, without arrays: what a checkpoint restores into."""
+        params = {p: s.abstract() for p, s in self.tree.items()}
+        state = {
+            "params": params,
+            "optimizer": jax.eval_shape(self.optimizer.init, params),
+            "step": jax.ShapeDtypeStruct((), jnp.int32),
+        }
+        put = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)
+        return state if self.split.mesh is None else jax.tree.map(put, state, self.state_shardings())
+
+    def state_shardings(self) -> Any:
+        """Where each leaf of the state lies: parameters at rest, optimizer state by its own role."""
+        if self.split.mesh is None:
+            return None
+        whole = NamedSharding(self.split.mesh, PartitionSpec())
+        abstract = {p: s.abstract() for p, s in self.tree.items()}
+        shards = {p: self.sharding(x.optimizer) for p, x in self.layouts.items()}
+        optimizer = optax.tree_map_params(
+            self.optimizer,
+            lambda _, sharding: sharding,
+            jax.eval_shape(self.optimizer.init, abstract),
+            shards,
+            transform_non_params=lambda _: whole,
+        )
+        return {
+            "params": {p: self.sharding(x.param) for p, x in self.layouts.items()},
+            "optimizer": optimizer,
+            "step": whole,
+        }
+
+    def init(self, seed: int) -> State:
+        """The state before the first step; parameters are bitwise equal on every mesh."""
+
+        def make() -> State:
+            params = initial(self.tree, seed)
+            return {
+                "params": params,
+                "optimizer": self.optimizer.init(params),
+                "step": jnp.zeros((), jnp.int32),
+            }
+
+        return jax.jit(make, out_shardings=self.state_shardings())()
+
+    # the computation
+
+    def update(self, state: State, batch: Mapping[str, Array]) -> tuple[State, dict[str, Array]]:
+        """What `step` compiles: one update of the state and its metrics."""
+        grads, metrics = self._gradients(state["params"], batch)
+        held = {p: self._lies(w, self.layouts[p].optimizer) for p, w in state["params"].items()}
+        with jax.numpy_dtype_promotion("standard"):  # optax raises floats to its integer count
+            updates, moments = self.optimizer.update(grads, state["optimizer"], held)
+        params = self._at_rest(optax.apply_updates(held, updates))
+        return {"params": params, "optimizer": moments, "step": state["step"] + 1}, metrics
+
+    def _gradients(
+        self, params: dict[str, Array], batch: Mapping[str, Array]
+    ) -> tuple[dict[str, Array], dict[str, Array]]:
+        """Mean gradients, clipped, laid out as the optimizer's state; metrics."""
+        if not isinstance(self.split.partitioner, Manual) or self.split.mesh is None:
+            return self._auto_gradients(params, batch)
+        out = {p: x.optimizer.spec() for p, x in self.layouts.items()}
+        return self._manual(
+            self._manual_gradients, (self._rest_specs(), self._batch_specs(batch)), (out, PartitionSpec())
+        )(params, batch)
+
+    def _manual(self, function, in_specs, out_specs):
+        return jax.shard_map(
+            function, mesh=self.split.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=True
+        )
+
+    def _rest_specs(self) -> dict[str, PartitionSpec]:
+        return {p: x.param.spec() for p, x in self.layouts.items()}
+
+    def _batch_specs(self, batch: Mapping[str, Any]) -> dict[str, PartitionSpec]:
+        return {k: self.inputs[k].spec() for k in batch}
+
+    def region(self, taps: list | None = None) -> Region:
+        """A region for one trace."""
+        return Region(self.split.layouts, self.split.mesh, self.split.partitioner, taps)
+
+    def evaluate_sums(self, params: dict[str, Array], batch: Mapping[str, Array]) -> dict[str, Array]:
+        """The model's global sums in whatever region is entered."""
+        return self._sums(params, batch)[1]
+
+    def _sums(self, params: dict[str, Array], batch: Mapping[str, Array]) -> tuple[Array, dict[str, Array]]:
+        sums = bind(self.model, params).loss(dict(batch))
+        return sums["loss"], sums
+
+    def _manual_gradients(self, params, batch):
+        # Varying over the token axes from here on: each device's own contribution, reduced once below and not at
+        # every use, layer and micro-batch.
+        held = {p: vary(w, self.token_axes) for p, w in params.items()}
+
+        def one(batch):
+            with enter(self.region()):
+                (_, sums), grads = jax.value_and_grad(self._sums, has_aux=True)(held, batch)
+            return {p: self._scatter(p, g) for p, g in grads.items()}, sums
+
+        grads, sums = self._accumulated(one, batch)
+        grads = {p: self._reduce(p, g) for p, g in grads.items()}
+        squares = {}
+        for p, g in grads.items():
+            axes = tuple(sorted(self.layouts[p].gradient.axes))
+            squares[axes] = squares.get(axes, 0.0) + jnp.sum(jnp.square(g.astype(jnp.float32)))
+        total = sum(lax.psum(x, axes) if axes else x for axes, x in squares.items())
+        scale, metrics = self._finished(sums, jnp.sqrt(total))
+        laid = {
+            p: relayout(g, self.layouts[p].gradient.dims, self.layouts[p].optimizer.dims)
+            for p, g in grads.items()
+        }
+        return {p: g * scale.astype(g.dtype) for p, g in laid.items()}, metrics
+
+    def _auto_gradients(self, params, batch):
+        def one(batch):
+            with enter(self.region()):
+                (_, sums), grads = jax.value_and_grad(self._sums, has_aux=True)(params, batch)
+            return {p: self._lies(g, self.layouts[p].gradient) for p, g in grads.items()}, sums
+
+        grads, sums = self._accumulated(one, batch)
+        scale, metrics = self._finished(sums, optax.global_norm(grads))
+        return {
+            p: self._lies(g, self.layouts[p].optimizer) * scale.astype(g.dtype) for p, g in grads.items()
+        }, metrics
+
+    def _accumulated(self, one, batch):
+        """Gradients and sums of `one` over micro-batches: consecutive rows of what this device (or the mesh) holds."""
+        n = self.split.accumulate
+        if n == 1:
+            return one(batch)
+        rows = next(iter(batch.values())).shape[0]
+        if rows % n:
+            raise InputError(
+                f"{rows} rows on a device cannot be accumulated in {n} micro-batches. Make the batch a multiple of "
+                f"accumulate x the devices that split it, or accumulate a divisor of {rows}."
+            )
+        parts = {k: self._micro(x, n) for k, x in batch.items()}
+        first = one({k: x[0] for k, x in parts.items()})
+        add = lambda total, part: (jax.tree.map(jnp.add, total, one(part)), None)
+        return lax.scan(add, first, {k: x[1:] for k, x in parts.items()})[0]
+
+    def _micro(self, x: Array, n: int) -> Array:
+        # Interleaved under XLA's partitioner, so that every micro-batch keeps rows on every device.
+        if isinstance(self.split.partitioner, Manual) or self.split.mesh is None:
+            return x.reshape(n, x.shape[0] // n, *x.shape[1:])
+        return jnp.swapaxes(x.reshape(x.shape[0] // n, n, *x.shape[1:]), 0, 1)
+
+    def _partial(self, g: Array, layout: Layout) -> frozenset[str]:
+        return varying(g) - frozenset(layout.axes)
+
+    def _scatter(self, path: str, g: Array) -> Array:
+        """A micro-batch's gradient, reduce-scattered where the `gradient` role is split and the parameter is not."""
+        x = self.layouts[path]
+        over = self._partial(g, x.param) & frozenset(x.gradient.axes)
+        return finish(g, tuple(a for a in x.gradient.axes if a in over), x.param.dims, x.gradient.dims)
+
+    def _reduce(self, path: str, g: Array) -> Array:
+        """The rest of the reduction, once a step: for HSDP the shard over `data`, for data parallelism everything."""
+        over = self._partial(g, self.layouts[path].gradient)
+        return lax.psum(g, tuple(sorted(over))) if over else g
+
+    def _finished(self, sums: dict[str, Array], norm: Array) -> tuple[Array, dict[str, Array]]:
+        """Factor that turns summed gradients into clipped means, and the metrics."""
+        weight = jnp.maximum(sums["weight"], jnp.asarray(1e-6, jnp.float32))
+        norm = norm / weight
+        clip = jnp.minimum(1.0, self.clip / jnp.maximum(norm, 1e-12)) if self.clip else jnp.ones(())
+        means = {k: v / weight for k, v in sums.items() if k != "weight"}
+        return clip / weight, {**means, "weight": sums["weight"], "grad_norm": norm}
+
+    def _lies(self, x: Array, layout: Layout) -> Array:
+        """State where an array lies outside the manual region."""
+        sharding = self.sharding(layout)
+        return x if sharding is None else lax.with_sharding_constraint(x, sharding)
+
+    def _at_rest(self, params: dict[str, Array]) -> dict[str, Array]:
+        """Updated parameters from the optimizer's layout back to rest: a gather for ZeRO-1 and ZeRO-2."""
+        split = {p for p, x in self.layouts.items() if x.optimizer.dims != x.param.dims}
+        if self.split.mesh is None or not split or not isinstance(self.split.partitioner, Manual):
+            return {p: self._lies(w, self.layouts[p].param) for p, w in params.items()}
+
+        def gather(parts):
+            return {
+                p: relayout(w, self.layouts[p].optimizer.dims, self.layouts[p].param.dims)
+                for p, w in parts.items()
+            }
+
+        specs = {p: self.layouts[p].optimizer.spec() for p in split}
+        rest = {p: self.layouts[p].param.spec() for p in split}
+        gathered = self._manual(gather, (specs,), rest)({p: params[p] for p in split})
+        return {p: gathered.get(p, w) for p, w in params.items()}
+
+    def _evaluate(self, params: dict[str, Array], batch: Mapping[str, Array]) -> dict[str, Array]:
+        def sums(params, batch):
+            with enter(self.region()):
+                return self.evaluate_sums(params, batch)
+
+        if self.split.mesh is None or not isinstance(self.split.partitioner, Manual):
+            return sums(params, batch)
+        return self._manual(sums, (self._rest_specs(), self._batch_specs(batch)), PartitionSpec())(
+            params, batch
+        )
+
+    def forward(self, params: dict[str, Array], method: str, names: str, *inputs: tuple[Array, str]) -> Array:
+        """Call a method of the model on (array, names) inputs; the result, whose dims are `names`, is a global array."""
+
+        def run(params, *arrays):
+            with enter(self.region()):
+                return getattr(bind(self.model, params), method)(*arrays)
+
+        arrays = [x for x, _ in inputs]
+        if self.split.mesh is None or not isinstance(self.split.partitioner, Manual):
+            return run(params, *arrays)
+        spec = lambda words: self.split.layouts.activation(tuple(words.split())).spec()
+        return self._manual(run, (self._rest_specs(), *(spec(n) for _, n in inputs)), spec(names))(
+            params, *arrays
+        )

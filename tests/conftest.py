@@ -1,0 +1,68 @@
+"""What every test stands on: 8 pretend CPU devices, strict promotion, a compilation cache that outlives the run.
+
+Without the 8 devices nothing here would mean anything, so their absence ends the run; no test is skipped for it.
+Each pytest-xdist worker loads this file too and so gets the same settings.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import hypothesis
+import jax
+import pytest
+
+DEVICES = 8
+ROOT = Path(__file__).resolve().parent.parent
+
+SETTINGS = {
+    "jax_platforms": "cpu",  # a GPU's numbers and speed are for the benchmarks
+    "jax_num_cpu_devices": DEVICES,
+    "jax_numpy_rank_promotion": "raise",
+    "jax_numpy_dtype_promotion": "strict",
+    "jax_compilation_cache_dir": str(ROOT / ".cache" / "jax"),
+    "jax_persistent_cache_min_compile_time_secs": 0.1,
+    "jax_persistent_cache_min_entry_size_bytes": -1,
+}
+
+# What processes started by a test inherit. Promotion and the number of devices stay theirs to choose: they are the
+# product as a user starts it.
+INHERITED = {
+    "JAX_PLATFORMS": "cpu",
+    "JAX_COMPILATION_CACHE_DIR": SETTINGS["jax_compilation_cache_dir"],
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
+    "MPLBACKEND": "Agg",
+    # 8 devices on fewer cores, and two workers at that: a late thread is load, not a deadlock.
+    "XLA_FLAGS": "--xla_cpu_collective_call_warn_stuck_timeout_seconds=120 "
+    "--xla_cpu_collective_call_terminate_timeout_seconds=600",
+}
+
+
+def _pretend_devices() -> str:
+    """Applies SETTINGS; what is wrong with the devices afterwards, or an empty string."""
+    try:
+        for name, value in SETTINGS.items():
+            jax.config.update(name, value)
+        devices = jax.devices()
+    except RuntimeError as error:
+        return f"JAX refuses them: {error}"
+    if len(devices) != DEVICES or {d.platform for d in devices} != {"cpu"}:
+        return f"JAX has {len(devices)} device(s) of {devices[0].platform} instead: something used it before."
+    return ""
+
+
+def pytest_configure() -> None:
+    """Sets the environment up before any test module is imported, or ends the run."""
+    os.environ.update(INHERITED)
+    wrong = _pretend_devices()
+    if wrong:
+        pytest.exit(f"The tests need {DEVICES} pretend CPU devices. {wrong}", returncode=3)
+
+
+# The first example of a property compiles, so a deadline would measure the compiler. CI draws the same
+# examples each time.
+hypothesis.settings.register_profile(
+    "shardlab", deadline=None, print_blob=True, derandomize="CI" in os.environ
+)
+hypothesis.settings.load_profile("shardlab")

@@ -1,0 +1,269 @@
+"""The `shardlab` command: commands found by place, one paragraph for bad input, exit codes, nothing heavy imported."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import experiments.commands
+from experiments import cli
+
+ROOT = Path(__file__).resolve().parent.parent
+QUICKSTART = "configs/quickstart.py"
+
+PROBE = '''"""Shows what it was given.
+
+At length.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from experiments import cli
+
+
+@dataclass(frozen=True)
+class Flags:
+    """Its own flags."""
+
+    json: Path | None = None
+    """Write the result to this file."""
+    resume: bool = False
+    """Go on."""
+
+
+def main(argv: list[str]) -> int:
+    if argv == ["bug"]:
+        raise RuntimeError("a bug")
+    if argv == ["wait"]:
+        print("ready", flush=True)
+        time.sleep(60)
+    if argv == ["talk"]:
+        for _ in range(100000):
+            print("x" * 80)
+        return 0
+    experiment, flags, origin = cli.read(argv, Flags)
+    print(experiment.steps, experiment.mesh.tensor, flags, origin.overrides, "jax" in sys.modules)
+    return 0
+'''
+
+START = """
+import sys
+from pathlib import Path
+import experiments.commands
+from experiments import cli
+cli.COMMANDS = Path(sys.argv[1])
+experiments.commands.__path__ = [sys.argv[1]]
+sys.exit(cli.main(sys.argv[2:]))
+"""
+
+
+@pytest.fixture
+def commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder of commands with one file dropped into it, `probe`, in place of the real ones."""
+    (tmp_path / "probe.py").write_text(PROBE, encoding="utf-8")
+    monkeypatch.setattr(cli, "COMMANDS", tmp_path)
+    monkeypatch.setattr(experiments.commands, "__path__", [str(tmp_path)])
+    monkeypatch.delitem(sys.modules, "experiments.commands.probe", raising=False)
+    monkeypatch.chdir(ROOT)
+    return tmp_path
+
+
+def shardlab(commands: Path, *words: str) -> subprocess.Popen[str]:
+    """The command line in a process of its own, with the commands of that folder."""
+    arguments = [sys.executable, "-c", START, str(commands), *words]
+    return subprocess.Popen(arguments, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def test_help_lists_every_command_of_the_folder(
+    commands: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "100")
+    (commands / "longer.py").write_text(f'"""{"Long " * 30}end."""\n')
+    (commands / "other.py").write_text('"""Does another thing."""\nraise SystemExit("imported")\n')
+    (commands / "broken.py").write_text("def (\n")
+    (commands / "_helper.py").write_text('"""No command."""\n')
+    for words in ([], ["--help"], ["-h"]):
+        assert cli.main(words) == 0
+        shown = capsys.readouterr().out
+        assert max(map(len, shown.splitlines())) <= 100
+        assert "probe   Shows what it was given.\n" in shown
+        assert "other   Does another thing.\n" in shown
+        assert "broken  (cannot be read:" in shown
+        assert "helper" not in shown
+        assert "\n          Long " in shown, "a long line goes on under itself"
+
+
+def test_every_command_has_a_help_line_and_a_main() -> None:
+    assert {"figures", "tokenize"} <= set(cli.commands())
+    for name, line in cli.commands().items():
+        assert len(line) > 10, name
+        assert importlib.util.find_spec(f"experiments.commands.{name}") is not None
+        assert "\ndef main(argv: list[str]) -> int:" in (cli.COMMANDS / f"{name}.py").read_text(
+            encoding="utf-8"
+        )
+
+
+def test_help_and_version_import_nothing_heavy_and_are_quick() -> None:
+    program = (
+        "import sys; from experiments.cli import main; assert main([sys.argv[1]]) == 0\n"
+        "sys.exit(str({'jax', 'tyro', 'numpy', 'rich', 'flax'} & set(sys.modules) or ''))"
+    )
+    for word, said in (("--help", "tokenize"), ("--version", "shardlab 0.")):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        done = subprocess.run(
+            [sys.executable, "-c", program, word], cwd=ROOT, capture_output=True, text=True, check=False
+        )
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        assert done.stderr.strip() == ""
+        assert said in done.stdout
+        # CPU time, so that what else the machine does is not measured.
+        assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 0.5
+
+
+def test_read_gives_experiment_flags_and_overrides(
+    commands: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [
+        "probe",
+        QUICKSTART,
+        "--steps",
+        "9",
+        "--json",
+        "a.json",
+        "--mesh.tensor=4",
+        "--resume",
+        "--seed",
+        "1",
+    ]
+    assert cli.main(words) == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith(
+        "9 4 Flags(json=PosixPath('a.json'), resume=True) ('--steps', '9', '--mesh.tensor=4', "
+    )
+    assert "'--seed', '1')" in shown
+    assert cli.main(["probe", QUICKSTART, "--no-resume"]) == 0
+    assert "resume=False) () " in capsys.readouterr().out
+
+
+def test_a_command_in_a_process_parses_without_jax(commands: Path) -> None:
+    out, err = shardlab(commands, "probe", QUICKSTART, "--steps", "9").communicate(timeout=60)
+    assert out == "9 2 Flags(json=None, resume=False) ('--steps', '9') False\n", err
+
+
+def test_help_of_a_config_shows_every_value_with_its_default(
+    commands: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["probe", QUICKSTART, "--help"])
+    assert stop.value.code == 0
+    shown = capsys.readouterr().out
+    for part in (
+        "shardlab probe", "At length.", "--json", "Write the result to this file.", "--model.layers INT",
+        "--optimizer.peak FLOAT", "Learning rate at the end of the warm-up. (default: 0.003)", "--data.tests",
+        "--rules RULES|FILE.py", "data() | fsdp() | tensor()", "--partitioner manual|auto", "(default: manual)",
+        "--mesh.tensor INT", "--checkpoints.keep INT", "--sample.temperature FLOAT",
+    ):  # fmt: skip
+        assert part in shown, part
+    with pytest.raises(SystemExit):
+        cli.main(["probe", "--help"])
+    shown = capsys.readouterr().out
+    assert "CONFIG comes first" in shown
+    assert "--resume" in shown
+    assert "--steps" not in shown
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["prob"], ("There is no command 'prob'", "Perhaps `shardlab probe`?")),
+        (["zzzz"], ("There is no command 'zzzz'", "The commands are probe")),
+        (["probe"], ("shardlab probe takes a CONFIG first", "configs/quickstart.py")),
+        (["probe", "--steps", "3"], ("takes a CONFIG first", "got '--steps'")),
+        (["probe", "configs/quickstrt.py"], ("Perhaps configs/quickstart.py?",)),
+        (["probe", QUICKSTART, "--resum"], ("no value --resum", "perhaps --resume?")),
+        (["probe", QUICKSTART, "--json"], ("--json cannot be read", "a path or None")),
+        (["probe", QUICKSTART, "--mesh.tensr", "4"], ("perhaps --mesh.tensor?", "`shardlab probe configs/")),
+    ],
+)  # fmt: skip
+def test_bad_input_is_one_line_on_stderr_and_exit_code_2(
+    commands: Path, capsys: pytest.CaptureFixture[str], words: list[str], said: tuple[str, ...]
+) -> None:
+    assert cli.main(words) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("shardlab: ")
+    assert err.count("\n") == 1
+    assert all(part in err for part in said), err
+
+
+def test_debug_anywhere_shows_the_traceback_too(commands: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for words in (["--debug", "probe", QUICKSTART, "--stepz"], ["probe", QUICKSTART, "--stepz", "--debug"]):
+        assert cli.main(words) == 2
+        err = capsys.readouterr().err
+        assert "Traceback" in err
+        assert "shardlab: There is no value --stepz: perhaps --steps?" in err
+
+
+def test_a_damaged_record_is_bad_input(commands: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (commands / "hurt.py").write_text(
+        '"""Raises what reading records raises."""\n\nfrom experiments.record_schema import RecordError\n\n\n'
+        'def main(argv: list[str]) -> int:\n    raise RecordError("line 3 is cut off")\n'
+    )
+    assert cli.main(["hurt"]) == 2
+    assert capsys.readouterr().err == "shardlab: line 3 is cut off\n"
+    del sys.modules["experiments.commands.hurt"]
+
+
+def test_a_paragraph_is_wrapped_to_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    lines = cli.paragraph("a word " * 40).splitlines()
+    assert len(lines) > 5
+    assert max(map(len, lines)) <= 40
+
+
+def test_exit_codes_of_a_process(commands: Path) -> None:
+    refused = shardlab(commands, "probe", QUICKSTART, "--steps", "x")
+    _, err = refused.communicate(timeout=60)
+    assert refused.returncode == 2
+    assert "Traceback" not in err
+    assert err.startswith("shardlab: --steps x cannot be read")
+
+    bug = shardlab(commands, "probe", "bug")
+    _, err = bug.communicate(timeout=60)
+    assert bug.returncode == 1
+    assert "RuntimeError: a bug" in err
+
+    waiting = shardlab(commands, "probe", "wait")
+    assert waiting.stdout is not None
+    assert waiting.stdout.readline() == "ready\n"
+    time.sleep(0.1)
+    waiting.send_signal(signal.SIGINT)
+    _, err = waiting.communicate(timeout=60)
+    assert (waiting.returncode, err) == (130, "shardlab: interrupted\n")
+
+
+def test_a_reader_that_leaves_is_not_complained_about(commands: Path) -> None:
+    talking = shardlab(commands, "probe", "talk")
+    assert talking.stdout is not None
+    assert talking.stderr is not None
+    talking.stdout.readline()
+    os.close(os.dup(talking.stdout.fileno()))
+    talking.stdout.close()
+    assert talking.wait(timeout=60) == 141
+    assert talking.stderr.read() == ""
+    talking.stderr.close()
