@@ -6,7 +6,7 @@ numpy is its only other import. Prints one JSON line:
     python benchmarks/torch_reference.py --mode eager --steps 5
     python benchmarks/torch_reference.py --mode ddp            (or fsdp: two processes, half the cores each)
 
-`--inputs FILE.npz` replaces the weights and the batch by those of a file: weights under their names, `tokens`, `labels`.
+`--inputs FILE.npz` replaces the weights and the batch: weights under their names, and `tokens` and `labels`.
 """
 
 from __future__ import annotations

@@ -19,10 +19,15 @@ Query head h reads key/value head h // (heads // kv_heads).
 
 from __future__ import annotations
 
-import ctypes
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # also for an interpreter without shardlab
+
+from experiments.malloc import keep_freed_memory  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -90,19 +95,4 @@ def sample_batch(sizes: Sizes, seed: int = 0) -> dict[str, np.ndarray]:
     return {"tokens": walk[:, :-1].astype(np.int32), "labels": walk[:, 1:].astype(np.int32)}
 
 
-def keep_freed_memory() -> bool:
-    """Let glibc's malloc keep freed memory for reuse instead of handing it back to the kernel; True where that worked.
-
-    XLA:CPU allocates a step's whole scratch memory afresh for every step. Above malloc's mmap threshold (32 MiB at
-    most) each such block is mapped and zeroed page by page again: 140,000 page faults and a fifth of the processor time
-    of a step with 550 MiB of scratch memory. Call it before the first array is made; it changes the whole process.
-    Elsewhere than on glibc it does nothing and returns False. (glibc manual, 3.2.3.9 Malloc Tunable Parameters.)
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is None:
-        return False
-    trim_threshold, mmap_max, arena_max = -1, -4, -8
-    # One arena: only the main one can grow to such blocks without mapping them.
-    return all(
-        mallopt(option, value) == 1 for option, value in ((arena_max, 1), (mmap_max, 0), (trim_threshold, -1))
-    )
+__all__ = ["Sizes", "initial_weights", "keep_freed_memory", "sample_batch", "weight_shapes"]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from experiments.config import Experiment
 from experiments.data.contract import Dataset
+from sharding.axes import AXES, MeshShape
 from sharding.errors import InputError
 
 if TYPE_CHECKING:
@@ -23,6 +25,7 @@ def train_step(experiment: Experiment, devices: Sequence[jax.Device] | int) -> T
     """The compiled step of an experiment on devices, or on a number of devices that are not there (to trace only)."""
     from sharding.layout import Layouts
     from sharding.mesh import abstract_mesh, device_mesh
+    from sharding.params import declare, matrices
     from sharding.step import Split, TrainStep
 
     here = isinstance(devices, int)
@@ -31,9 +34,10 @@ def train_step(experiment: Experiment, devices: Sequence[jax.Device] | int) -> T
     layouts = Layouts(experiment.rules, shape.sizes())
     model = experiment.model.build()
     mesh: Any = abstract_mesh(shape, count) if here else device_mesh(shape, devices)  # type: ignore[arg-type]
-    split = Split(layouts, mesh, experiment.partitioner, experiment.accumulate)
-    optimizer: Any = experiment.optimizer
-    made = TrainStep(model, optimizer.unclipped(experiment.steps), split, clip=optimizer.clip)
+    platform = ("cpu" if experiment.devices.kind == "pretend" else "accelerator") if here else ""
+    split = Split(layouts, mesh, experiment.partitioner, experiment.accumulate, platform)
+    optimizer = experiment.optimizer.build(experiment.steps, matrices(declare(model)))
+    made = TrainStep(model, optimizer, split, clip=getattr(experiment.optimizer, "clip", math.inf))
     check_batch(experiment, made)
     return made
 
@@ -77,3 +81,16 @@ def check_data(experiment: Experiment, dataset: Dataset, step: TrainStep) -> Non
         raise InputError(
             f"The dataset has {have} tokens, but the model's vocabulary is {vocab}. Set model.vocab to at least {have}."
         )
+
+
+def check_axes(overrides: Sequence[str]) -> None:
+    """Refuse command-line overrides that give a mesh axis twice: which of the two was meant is not ours to guess."""
+    from experiments.overrides import groups, plain
+
+    pairs = []
+    for group in groups(overrides):
+        part, _, axis = plain(group[0]).partition(".")
+        size = group[0].partition("=")[2] or "".join(group[1:])
+        if part == "mesh" and axis in AXES:
+            pairs.append((axis, int(size)))
+    MeshShape.of(*pairs)

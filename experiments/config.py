@@ -33,10 +33,18 @@ class ModelConfig(Protocol):
 
 @runtime_checkable
 class Optimizer(Protocol):
-    """A frozen dataclass, jax-free, that makes an optax transformation for a run of so many steps."""
+    """A frozen dataclass, jax-free, that makes an optax transformation for a run of so many steps.
 
-    def build(self, steps: int) -> Any:
-        """The `optax.GradientTransformation` of a run of `steps` optimizer steps."""
+    A field `clip`, where there is one, is the largest global norm of the gradient: the train step clips before the
+    transformation, because only there the norm over all shards is known.
+    """
+
+    def schedule(self, steps: int) -> Any:
+        """Step -> learning rate."""
+        ...
+
+    def build(self, steps: int, matrices: Any = None) -> Any:
+        """The `optax.GradientTransformation` of a run of `steps` steps; `matrices`: which parameters are matrices."""
         ...
 
 

@@ -1,4 +1,4 @@
-"""The devices of a run: pretend CPU devices, those present, and several processes. The only place that starts a backend."""
+"""The devices of a run: pretend CPU devices, those present, and several processes. Here alone a backend is started."""
 
 from __future__ import annotations
 
@@ -52,11 +52,14 @@ def start(devices: Devices, processes: Processes | None = None) -> list[jax.Devi
 def _pretend(count: int, processes: int) -> None:
     import jax
 
+    from experiments.malloc import keep_freed_memory
+
     if count % processes:
         raise InputError(
             f"{count} pretend devices cannot be split evenly over {processes} processes. Set devices.count to a "
             f"multiple of {processes}."
         )
+    keep_freed_memory()
     try:
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", max(count // processes, 1))
@@ -80,9 +83,14 @@ def _connect(processes: Processes, devices: Devices) -> None:
 
 
 def cache_compilations(folder: str) -> None:
-    """Keep compiled programs in a folder, so that the same step starts at once the next time."""
+    """Keep compiled programs in a folder, so that the same step starts at once the next time.
+
+    A folder that the user chose (JAX_COMPILATION_CACHE_DIR) stays.
+    """
     import jax
 
+    if jax.config.jax_compilation_cache_dir:
+        return
     os.makedirs(folder, exist_ok=True)
     jax.config.update("jax_compilation_cache_dir", folder)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)

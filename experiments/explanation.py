@@ -1,11 +1,13 @@
 """What `explain` says: where every array lies, which rule put it there, what it costs. Traced, never run.
 
 `explain(experiment, devices)` is a pure function of the config: it builds the model without arrays, asks the rules for
-every layout and traces the step on a mesh of devices that are not there.
+every layout and traces the step on a mesh of devices that are not there. A run that is about to start asks
+`explain_step` of the step it has.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,30 +16,55 @@ from experiments.assemble import train_step
 from experiments.config import Experiment
 from sharding.layout import Layout
 from sharding.partitioner import Auto, Manual
+from sharding.rule import PARAM_ROLES, Rules
 
 if TYPE_CHECKING:
+    from sharding.region import Tap
     from sharding.step import TrainStep
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
 @dataclass(frozen=True)
+class Placed:
+    """One dim split over one axis: the rule that did it, where that rule is written, the devices of the axis."""
+
+    name: str
+    axis: str
+    size: int
+    rule: str
+    source: str
+
+
+@dataclass(frozen=True)
 class Line:
-    """One array: a parameter at rest, its optimizer state, a batch entry or an activation, and where it lies."""
+    """One array and where it lies: a parameter, its gradient or optimizer state, a batch entry, an activation."""
 
     kind: str
     path: str
+    """A parameter's or entry's path; for an activation the named op that makes it."""
     role: str
     shape: tuple[int, ...]
+    """Global."""
     dtype: str
     names: tuple[str, ...]
+    dims: tuple[tuple[str, ...], ...]
+    """The axes that split each dim, of those with more than one device."""
     layout: str
     bytes_per_device: int
-    placed: tuple[str, ...]
-    """For each split dim: name/axis, the rule and its file:line."""
-    notes: tuple[str, ...]
-    """What stayed whole and why; how it differs in use."""
+    placed: tuple[Placed, ...]
+    whole: str
+    """Why every device has all of it, "" when it is split."""
+    notes: tuple[str, ...] = ()
+    """What a rule left out because another had taken the dim or the axis."""
+    copies: int = 1
+    """Arrays of this shape that it stands for: AdamW's state has two of each parameter's."""
+    in_use: str = ""
+    """The layout that the layers use, where it is another than at rest."""
+    gathered: tuple[str, ...] = ()
+    """Axes over which it is gathered for that."""
     source: str = ""
+    """file:line of the op, for an activation."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +75,8 @@ class Explanation:
     mesh: dict[str, int]
     devices: int
     rules: str
+    chain: tuple[tuple[str, str], ...]
+    """Each rule's call and its file:line, in the order they are asked."""
     partitioner: str
     parameters: int
     lines: tuple[Line, ...]
@@ -55,33 +84,52 @@ class Explanation:
     """Per axis and kind: how many in one step and the bytes each device sends. Empty under XLA's partitioner."""
     forward_flops: int
     tokens: int
+    bytes_per_device: dict[str, int]
+    """Kind of line -> bytes of all its arrays, for what lies on a device at once (activations do not)."""
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON types."""
         return asdict(self)
 
-    def bytes_at_rest(self, kind: str) -> int:
-        """Bytes per device of all lines of a kind."""
-        return sum(line.bytes_per_device for line in self.lines if line.kind == kind)
+    def of(self, kind: str) -> tuple[Line, ...]:
+        """The lines of a kind."""
+        return tuple(line for line in self.lines if line.kind == kind)
+
+
+HELD = ("parameter", "gradient", "optimizer", "batch")
 
 
 def explain(experiment: Experiment, devices: int) -> Explanation:
-    """Explain an experiment on `devices` devices. Raises InputError for whatever could not be laid out."""
+    """Explain an experiment on `devices` devices that need not be there: no backend of jax is started.
+
+    Traced as it would run on the CPU for pretend devices and on an accelerator otherwise (models may unroll their
+    layers on one and scan them on the other). Raises InputError for whatever cannot be laid out.
+    """
     import jax
 
-    from sharding.ledger import collectives, flops, per_axis
-    from sharding.region import Tap
+    made: list[Explanation] = []
 
-    step = train_step(experiment, devices)
+    def make() -> None:
+        made.append(explain_step(experiment, train_step(experiment, devices)))
+
+    # Inside a trace no operation runs: optax makes its counters when it is asked for the state's structure, and outside
+    # one that alone would start a backend.
+    jax.eval_shape(make)
+    return made[0]
+
+
+def explain_step(experiment: Experiment, step: TrainStep) -> Explanation:
+    """Explain a step that was made already: on a mesh of real devices its first call finds this trace."""
+    from sharding.ledger import collectives, flops, per_axis
+
     layouts, sizes = step.split.layouts, step.split.layouts.sizes
     state, batch = step.abstract_state(), step.abstract_batch(experiment.batch)
     taps: list[Tap] = []
     forward = _forward(step, state["params"], batch, taps)
-    lines = [*_parameters(step, state), *_inputs(step, batch), *_activations(taps, layouts, sizes)]
+    lines = [*_parameters(step, state), *_inputs(step, batch), *_activations(taps, step)]
     found: list[dict[str, Any]] = []
     if isinstance(experiment.partitioner, Manual):
-        jaxpr = jax.make_jaxpr(step.update)(state, batch)
-        for axes, kinds in per_axis(collectives(jaxpr, sizes)).items():
+        for axes, kinds in per_axis(collectives(_update(step, state, batch), sizes)).items():
             found += [
                 {"axes": axes, "kind": kind, "per_step": count, "bytes_sent_per_device": sent}
                 for kind, (count, sent) in kinds.items()
@@ -90,15 +138,31 @@ def explain(experiment: Experiment, devices: int) -> Explanation:
     return Explanation(
         name=experiment.name,
         mesh={a: n for a, n in sizes.items() if n > 1},
-        devices=devices,
+        devices=math.prod(sizes.values()),
         rules=repr(experiment.rules),
+        chain=tuple((r.call, _short(r.source)) for r in experiment.rules.chain),
         partitioner=repr(experiment.partitioner),
         parameters=sum(s.size for s in step.tree.values()),
         lines=tuple(lines),
         collectives=tuple(found),
         forward_flops=flops(forward),
-        tokens=_tokens(batch),
+        tokens=math.prod(batch["labels"].shape),
+        bytes_per_device={
+            kind: sum(line.bytes_per_device for line in lines if line.kind == kind) for kind in HELD
+        },
     )
+
+
+def _update(step: TrainStep, state: Any, batch: Any) -> Any:
+    """The jaxpr of one update. On real devices it is traced as the compiled step will be called, and kept by jax."""
+    import jax
+    from jax.sharding import Mesh
+
+    if not isinstance(step.split.mesh, Mesh):
+        return jax.make_jaxpr(step.update)(state, batch)
+    lies = step.batch_shardings()
+    put = {k: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=lies[k]) for k, x in batch.items()}
+    return step.step.trace(state, put).jaxpr
 
 
 def _forward(step: TrainStep, params: Any, batch: Any, taps: list[Any] | None) -> Any:
@@ -113,34 +177,16 @@ def _forward(step: TrainStep, params: Any, batch: Any, taps: list[Any] | None) -
         return jax.make_jaxpr(lambda p, b: step.evaluate_sums(p, b))(params, batch)
 
 
-def forward_flops(step: TrainStep, rows: int) -> int:
-    """FLOPs of all matrix products in one forward pass over a global batch of `rows` rows."""
-    from sharding.ledger import flops
-
-    params = {p: s.abstract() for p, s in step.tree.items()}
-    return flops(_forward(step, params, step.abstract_batch(rows), None))
-
-
-def _tokens(batch: dict[str, Any]) -> int:
-    """Positions that carry a label in one global batch: tokens of a language model, rows of a classifier."""
-    size = 1
-    for n in batch["labels"].shape:
-        size *= n
-    return size
-
-
-def _parameters(step: Any, state: Any) -> list[Line]:
-    moments = _moments(state, step.tree)
-    lines = []
+def _parameters(step: TrainStep, state: Any) -> list[Line]:
+    moments, lines = _moments(state, step.tree), []
     for path, spec in step.tree.items():
-        lies = step.layouts[path]
-        used = () if lies.compute.dims == lies.param.dims else (f"in use: {lies.compute.text()}",)
-        lines.append(
-            _line("parameter", path, "param", spec.shape, str(spec.dtype), lies.param, step, extra=used)
-        )
-        if moments.get(path):
-            line = _line("optimizer", path, "optimizer", spec.shape, str(spec.dtype), lies.optimizer, step)
-            lines.append(_times(line, moments[path]))
+        lies, what = step.layouts[path], (path, spec.shape, str(spec.dtype))
+        gathered = tuple(a for a in lies.param.axes if a not in lies.compute.axes)
+        used = lies.compute.text() if lies.compute.dims != lies.param.dims else ""
+        lines.append(_line("parameter", "param", *what, lies.param, step, in_use=used, gathered=gathered))
+        lines.append(_line("gradient", "gradient", *what, lies.gradient, step))
+        if moments[path]:
+            lines.append(_line("optimizer", "optimizer", *what, lies.optimizer, step, copies=moments[path]))
     return lines
 
 
@@ -150,75 +196,58 @@ def _moments(state: Any, tree: dict[str, Any]) -> dict[str, int]:
 
     count = dict.fromkeys(tree, 0)
     for keys, _ in jax.tree_util.tree_flatten_with_path(state["optimizer"])[0]:
-        last = str(getattr(keys[-1], "key", ""))
+        last = str(getattr(keys[-1], "key", "")) if keys else ""
         if last in count:
             count[last] += 1
     return count
 
 
-def _times(line: Line, n: int) -> Line:
-    return Line(
-        **{**line.__dict__, "bytes_per_device": line.bytes_per_device * n, "dtype": f"{n} x {line.dtype}"}
-    )
-
-
-def _inputs(step: Any, batch: dict[str, Any]) -> list[Line]:
+def _inputs(step: TrainStep, batch: dict[str, Any]) -> list[Line]:
     return [
-        _line("batch", k, "activation", tuple(x.shape), str(x.dtype), step.inputs[k], step)
+        _line("batch", "activation", k, tuple(x.shape), str(x.dtype), step.inputs[k], step)
         for k, x in batch.items()
     ]
 
 
-def _activations(taps: list[Any], layouts: Any, sizes: dict[str, int]) -> list[Line]:
-    seen: dict[tuple[Any, ...], Line] = {}
-    for tap in taps:
-        key = (tap.op, tap.names, tap.shape, tap.source)
-        if tap.names and key not in seen:
-            lies = layouts.activation(tap.names)
-            local = _local_bytes(tap.shape, tap.dtype, lies, sizes)
-            seen[key] = Line(
-                "activation", tap.op, "activation", tap.shape, tap.dtype, tap.names, lies.text(), local,
-                _placed(lies), _notes(lies), _short(tap.source),
-            )  # fmt: skip
-    return list(seen.values())
+def _activations(taps: list[Tap], step: TrainStep) -> list[Line]:
+    """Each named op's result once, however many layers or micro-batches repeat it."""
+    once = {(t.op, t.names, t.shape, t.source): t for t in taps if t.names}
+    return [
+        _line("activation", "activation", t.op, t.shape, t.dtype, step.split.layouts.activation(t.names), step,
+              source=_short(t.source))
+        for t in once.values()
+    ]  # fmt: skip
 
 
 def _line(
-    kind: str, path: str, role: str, shape: Any, dtype: str, lies: Layout, step: Any, extra: Any = ()
+    kind: str, role: str, path: str, shape: Any, dtype: str, lies: Layout, step: TrainStep, **more: Any
 ) -> Line:
-    local = _local_bytes(shape, dtype, lies, step.split.layouts.sizes)
-    return Line(
-        kind, path, role, shape, dtype, lies.names, lies.text(), local, _placed(lies), (*extra, *_notes(lies))
-    )
-
-
-def _local_bytes(shape: tuple[int, ...], dtype: str, lies: Layout, sizes: dict[str, int]) -> int:
     import jax.numpy as jnp
 
     from sharding.layout import local_shape
 
-    size = jnp.dtype(dtype).itemsize
-    for n in local_shape(shape, lies.dims, sizes):
-        size *= n
-    return size
+    layouts = step.split.layouts
+    local = jnp.dtype(dtype).itemsize * math.prod(local_shape(shape, lies.dims, layouts.sizes))
+    placed = tuple(Placed(r.name, r.axis, r.size, r.rule, _short(r.source)) for r in lies.reasons)
+    return Line(
+        kind, path, role, tuple(shape), dtype, lies.names, lies.dims, lies.text(), local * more.get("copies", 1),
+        placed, _whole(lies, role, layouts.rules), lies.declined, **more,
+    )  # fmt: skip
 
 
-def _placed(lies: Layout) -> tuple[str, ...]:
-    return tuple(
-        f"{r.name}/{r.axis} by {r.rule} ({_short(r.source)})" + ("" if r.size > 1 else ", one device")
-        for r in lies.reasons
-    )
-
-
-def _notes(lies: Layout) -> tuple[str, ...]:
+def _whole(lies: Layout, role: str, rules: Rules) -> str:
+    """Why an array that nothing splits is whole on every device."""
     if lies.axes:
-        return lies.declined
+        return ""
     if lies.reasons:
-        return (*lies.declined, "whole on every device: the axes that split it have one device")
-    return (
-        *lies.declined,
-        f"whole on every device: no rule splits {' or '.join(lies.names) or 'a scalar'} in this role",
-    )
+        each = dict.fromkeys(f"{r.rule} splits {r.name} over {r.axis}" for r in lies.reasons)
+        return f"{' and '.join(each)}, which has one device"
+    if not lies.names:
+        return "a scalar"
+    roles = ("activation",) if role == "activation" else PARAM_ROLES[: PARAM_ROLES.index(role) + 1]
+    asked = [r.call for r in rules.chain if any(callable(getattr(r, x)) for x in roles)]
+    searched = f", and {' and '.join(asked)} found no dim that divides" if asked else ""
+    return f"no rule names {' or '.join(dict.fromkeys(lies.names))}{searched}"
 
 
 def _short(source: str) -> str:

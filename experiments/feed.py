@@ -19,7 +19,7 @@ def global_batch(
     seed: int,
     step: int,
     rows: int,
-    shardings: Mapping[str, jax.sharding.Sharding],
+    shardings: Mapping[str, Any],
 ) -> dict[str, jax.Array]:
     """The batch of `step` as global arrays, a pure function of (seed, step) whatever the mesh.
 

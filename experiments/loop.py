@@ -1,8 +1,9 @@
 """The training loop. It fits one screen; what it calls has its own files.
 
 Order matters in three places: metrics of a step are read `LATE` steps after it was started, so the host never waits for
-a device that has nothing queued; a checkpoint is asked for before the next step donates the state; and the stop request
-is asked once a step on every process, so that all leave at the same step.
+a device that has nothing queued (before an evaluation or a save, which wait for the step anyway, at once); a checkpoint
+is asked for before the next step donates the state; and the stop request is asked once a step on every process, so that
+all leave at the same step.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from experiments.reporting import Reporter
 from experiments.stopping import StopRequest
 
 if TYPE_CHECKING:
+    import jax
+
     from experiments.checkpoints import CheckpointStore
     from sharding.step import TrainStep
 
@@ -50,8 +53,13 @@ def run(
     """Train from update `start` to `experiment.steps`; `state` is consumed (donated)."""
     e, pending, stopped, done = experiment, deque(), "", start
     shardings = step.batch_shardings()
-    make = lambda at: global_batch(dataset, "train", e.seed, at, e.batch, shardings)
-    due = lambda every, at: at == e.steps or (every > 0 and at % every == 0)
+
+    def make(at: int) -> dict[str, jax.Array]:
+        return global_batch(dataset, "train", e.seed, at, e.batch, shardings)
+
+    def due(every: int, at: int) -> bool:
+        return at == e.steps or (every > 0 and at % every == 0)
+
     with Prefetcher(make, start, e.steps) as batches, StopRequest(agree_every=e.log_every) as stop:
         for at, batch in batches:
             state, metrics = step.step(state, batch)
@@ -60,29 +68,21 @@ def run(
                 report.first_step(metrics)
             if due(e.log_every, done):
                 pending.append((done, metrics))
-            while pending and (pending[0][0] + LATE <= done or done == e.steps):
-                report.step(*pending.popleft(), stalled=batches.waited_s)
-            if due(e.evaluate.every, done):
-                with report.aside("evaluate"):
-                    report.evaluation(
-                        done, held_out(step, state["params"], dataset, e.batch, e.evaluate.batches)
-                    )
             stopped = stop.reached(done) or ""
-            if stopped or due(e.checkpoints.every, done):
-                with report.aside("save"):
-                    _save(store, done, state, meta, report)
+            evaluates, saves = due(e.evaluate.every, done), bool(stopped) or due(e.checkpoints.every, done)
+            if pending and (evaluates or saves or pending[0][0] + LATE <= done):
+                ready = 1 if not (evaluates or saves) else len(pending)
+                report.read([pending.popleft() for _ in range(ready)], batches.waited_s)
+            if evaluates:
+                with report.aside("evaluate", done, after=metrics):
+                    means = held_out(step, state["params"], dataset, e.batch, e.evaluate.batches)
+                report.evaluation(done, means)
+            if saves and not store.has(done):
+                with report.aside("save", done, after=metrics):
+                    store.save(done, state, meta)
             if stopped:
                 break
-    while pending:
-        report.step(*pending.popleft(), stalled=0.0)
     began = time.perf_counter()
     store.wait()
     report.events.write("save_wait", time.perf_counter() - began, step=done)
     return Outcome(state, done, stopped if done < e.steps else "")
-
-
-def _save(store: CheckpointStore, done: int, state: Any, meta: dict[str, Any], report: Reporter) -> None:
-    if store.has(done):
-        return
-    blocked = store.save(done, state, meta)
-    report.events.write("save", blocked, step=done)

@@ -34,7 +34,7 @@ class AdamW:
     eps: float = 1e-8
     """Added to the root of the squared gradient's mean."""
     weight_decay: float = 0.1
-    """Fraction of a parameter taken off per unit of learning rate, from every parameter."""
+    """Fraction of a parameter taken off per unit of learning rate, from matrices; scales and biases do not decay."""
     clip: float = 1.0
     """Largest norm of the gradient over all parameters together; inf leaves it as it is."""
 
@@ -72,29 +72,19 @@ class AdamW:
 
         return rate
 
-    def unclipped(self, steps: int) -> optax.GradientTransformation:
-        """AdamW and its schedule without clipping: elementwise, so that it may be given shards of the arrays."""
-        import jax
-        import optax
+    def build(self, steps: int, matrices: Any = None) -> optax.GradientTransformation:
+        """AdamW and its schedule for a run of `steps` optimizer steps, without clipping.
 
-        adamw = optax.adamw(
-            self.schedule(steps), b1=self.b1, b2=self.b2, eps=self.eps, weight_decay=self.weight_decay
-        )
-
-        def update(updates: Any, state: Any, params: Any = None) -> Any:
-            # optax raises b1 (float) to the step (int32), which strict dtype promotion forbids.
-            with jax.numpy_dtype_promotion("standard"):
-                return adamw.update(updates, state, params)
-
-        return optax.GradientTransformation(adamw.init, update)
-
-    def build(self, steps: int) -> optax.GradientTransformation:
-        """Clipping by the global norm, then AdamW, for a run of `steps` optimizer steps.
-
-        The norm is taken over the arrays it is given, which therefore must be global (see `unclipped` for shards).
+        The train step clips before it (`clip`), because only there the norm over all shards is known. `matrices`, a
+        tree of truths like the parameters, says which of them decay; None decays all.
         """
         import optax
 
-        if self.clip == math.inf:
-            return self.unclipped(steps)
-        return optax.chain(optax.clip_by_global_norm(self.clip), self.unclipped(steps))
+        return optax.adamw(
+            self.schedule(steps),
+            b1=self.b1,
+            b2=self.b2,
+            eps=self.eps,
+            weight_decay=self.weight_decay,
+            mask=matrices,
+        )

@@ -10,7 +10,7 @@ from typing import Self
 class Progress:
     """Shows a run of `steps` steps. Only process 0 (`shows`) prints; the others stay quiet."""
 
-    def __init__(self, steps: int, start: int = 0, shows: bool = True):
+    def __init__(self, steps: int, shows: bool = True):
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
         from rich.progress import Progress as Bar
@@ -28,11 +28,9 @@ class Progress:
                 TextColumn("{task.fields[eta]}"),
             )
             self._bar = Bar(*columns, console=self.console, transient=True)
-            self._task = self._bar.add_task("", total=steps, completed=start, eta="")
+            self._task = self._bar.add_task("", total=steps, eta="")
 
     def __enter__(self) -> Self:
-        if self._bar:
-            self._bar.start()
         return self
 
     def __exit__(
@@ -40,6 +38,7 @@ class Progress:
     ) -> None:
         if self._bar:
             self._bar.stop()
+            self._bar = None
 
     def line(self, text: str, style: str = "") -> None:
         """Print one line; without markup, so that any text is shown as it is."""
@@ -49,9 +48,10 @@ class Progress:
                 sys.stdout.flush()
 
     def reached(self, step: int, eta: str = "") -> None:
-        """Move the bar to `step` updates done."""
+        """Move the bar to `step` updates done; it appears with the first call, below what was printed before."""
         if self._bar:
-            self._bar.update(self._task, completed=step, eta=f"eta {eta}" if eta else "")
+            self._bar.start()
+            self._bar.update(self._task, completed=step, eta=f"eta {eta}" if eta[:1].isdigit() else eta)
 
 
 def clock(seconds: float) -> str:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+import resource
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from experiments.config import Experiment
 from experiments.events import Events
 from experiments.progress import Progress, clock
 from experiments.records import Records
@@ -19,7 +20,8 @@ from experiments.tables import human
 @dataclass(frozen=True)
 class Work:
     """What one step is worth: tokens and FLOPs (products, forward and backward, without what remat repeats), and the
-    peak rate of all devices together (FLOP/s, None where it is not known)."""
+    peak rate of all devices together (FLOP/s, None where it is not known).
+    """
 
     tokens: int
     flops: int
@@ -27,27 +29,39 @@ class Work:
 
 
 class Reporter:
-    """Prints, records and times. Step times exclude evaluations and the blocking part of saves (`aside`)."""
+    """Prints, records and times a run of `steps` steps.
+
+    Step times leave out the first step (it compiles), evaluations, and the part of a save that blocks the loop
+    (`aside`). `facts` are the dataset's, `schedule` gives the learning rate of a step counted from 0.
+    """
 
     def __init__(
         self,
-        e: Experiment,
+        steps: int,
         work: Work,
+        facts: Mapping[str, Any],
         records: Records,
         events: Events,
         show: Progress,
-        rate: Any,
+        schedule: Callable[[Any], Any],
         device: Any,
     ):
-        self.e, self.work, self.records, self.events, self.show = e, work, records, events, show
-        self._rate, self._device = rate, device
+        import jax
+        import jax.numpy as jnp
+
+        self.steps, self.work, self.facts = steps, work, facts
+        self.records, self.events, self.show = records, events, show
+        # All rates at once: a rate computed beside the steps would queue behind them on an accelerator.
+        self._rates = jax.device_get(jax.jit(jax.vmap(schedule))(jnp.arange(steps)))
+        self._device = device
         self._began = self._mark = time.perf_counter()
-        self._aside, self._last, self.step_seconds = 0.0, 0, []
+        self._aside, self._last, self._waited = 0.0, 0, 0.0
 
     def start(self, step: int) -> None:
-        """The clock of the first interval starts, `step` updates being done."""
-        self._began = self._mark = time.perf_counter()
-        self._last, self._aside = step, 0.0
+        """`step` updates are done and the next is about to be compiled."""
+        self._began = time.perf_counter()
+        self._from(step)
+        self.show.reached(step, "compiling")
 
     def first_step(self, metrics: Any) -> None:
         """Wait for the first step, which includes compilation, and start the clock behind it."""
@@ -55,74 +69,103 @@ class Reporter:
 
         jax.block_until_ready(metrics)
         seconds = time.perf_counter() - self._began
-        self.events.write("first_step", seconds)
-        self.show.line(f"first step after {clock(seconds)} (compilation included)", "dim")
-        self.start(self._last + 1)
+        self.events.write("first_step", seconds, step=self._last + 1)
+        self.show.line(f"first step after {clock(seconds)}, compilation included", "dim")
+        self._from(self._last + 1)
+        self.show.reached(self._last)
+
+    def _from(self, step: int) -> None:
+        """The next interval begins now, with `step` updates done."""
+        self._mark, self._last, self._aside = time.perf_counter(), step, 0.0
 
     @contextmanager
-    def aside(self, name: str) -> Iterator[None]:
-        """Time that is not the step's."""
-        began = time.perf_counter()
-        yield
-        self._aside += time.perf_counter() - began
-        self.events.write(name, time.perf_counter() - began)
+    def aside(self, name: str, step: int, after: Any) -> Iterator[None]:
+        """Time that is not the step's: begins when `after`, the last step's metrics, is there."""
+        import jax
 
-    def step(self, step: int, metrics: Any, stalled: float) -> None:
-        """Read a step's metrics, print its line, write its record. Raises nothing on a loss that is not finite: it is
-        recorded and shown as it is."""
-        values = {k: float(v) for k, v in metrics.items()}
-        now = time.perf_counter()
-        steps = max(step - self._last, 1)
-        seconds = max(now - self._mark - self._aside, 1e-9) / steps
-        measured = step > self._last
-        self._mark, self._last, self._aside = now, step, 0.0
-        if measured:
-            self.step_seconds.append(seconds)
-        rate = float(self._rate(step - 1))
+        jax.block_until_ready(after)
+        began = time.perf_counter()
+        with self.events.timed(name, step=step):
+            yield
+        self._aside += time.perf_counter() - began
+
+    def read(self, entries: Sequence[tuple[int, Any]], waited: float) -> None:
+        """Wait for the metrics of some steps, in order, and print and record each. They share one mean step time.
+
+        `waited`: seconds for which the loop has waited for data so far. A loss that is not finite is shown and recorded
+        as it is.
+        """
+        import jax
+
+        values = jax.device_get([metrics for _, metrics in entries])
+        now, last = time.perf_counter(), entries[-1][0]
+        seconds = (now - self._mark - self._aside) / (last - self._last) if last > self._last else None
+        stalled, self._waited = waited - self._waited, waited
+        for (step, _), metrics in zip(entries, values, strict=True):
+            mine = seconds if step > self._last else None
+            self._step(step, {k: float(v) for k, v in metrics.items()}, mine, stalled)
+        self._from(last)
+
+    def _step(self, step: int, metrics: dict[str, float], seconds: float | None, stalled: float) -> None:
+        rate, rss = float(self._rates[step - 1]), _peak_rss()
+        memory, tokens = self._memory(), None if seconds is None else self.work.tokens / seconds
+        mfu = None if seconds is None or not self.work.peak else self.work.flops / seconds / self.work.peak
         record = {
-            **values,
+            **metrics,
             "learning_rate": rate,
             "tokens": step * self.work.tokens,
+            "step_seconds": seconds,
+            "tokens_per_second": tokens,
+            "mfu": mfu,
             "data_wait_seconds": stalled,
+            "memory_bytes": memory,
+            "process_peak_rss_bytes": rss,
         }
-        if measured:
-            record |= {"step_seconds": seconds, "tokens_per_second": self.work.tokens / seconds}
-            record["mfu"] = self._mfu(seconds)
-        record["memory_bytes"] = memory = self._memory()
         self.records.write("step", "measured", record, step=step)
-        left = (self.e.steps - step) * seconds
-        parts = [f"step {step:>{len(str(self.e.steps))}}/{self.e.steps}", f"loss {values['loss']:.4f}"]
-        if measured:
-            mfu = record["mfu"]
-            parts += [
-                f"{human(self.work.tokens / seconds, '', 1000)} tok/s",
-                f"{seconds * 1000:.0f} ms/step",
-                f"mfu {'n/a' if mfu is None else f'{mfu:.1%}'}",
-            ]
-        parts += [
-            f"grad {values['grad_norm']:.2f}",
-            f"lr {rate:.1e}",
-            f"mem {'n/a' if memory is None else human(memory)}",
-        ]
-        self.show.line("  ".join([*parts, f"eta {clock(left)}"]))
-        self.show.reached(step, clock(left))
+        parts = [f"step {step:>{len(str(self.steps))}}/{self.steps}", f"loss {metrics['loss']:.4f}"]
+        parts += [f"grad {metrics['grad_norm']:.2f}", f"lr {rate:.1e}"]
+        left = ""
+        if seconds is not None and tokens is not None:
+            left = clock((self.steps - step) * seconds)
+            parts += [f"{human(tokens, 'tok/s', 1000)}", f"{_milliseconds(seconds)}/step"]
+            parts += [f"mfu {'n/a' if mfu is None else f'{mfu:.1%}'}"]
+        parts += [f"rss {human(rss)}" if memory is None else f"mem {human(memory)}"]
+        parts += [f"eta {left}"] if left and step < self.steps else []
+        finite = math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"])
+        self.show.line("  ".join(parts) + ("" if finite else "  NOT FINITE"), "" if finite else "bold red")
+        self.show.reached(step, left)
 
     def evaluation(self, step: int, means: dict[str, float]) -> None:
-        """Print and record a held-out evaluation."""
+        """Print and record a held-out evaluation, beside what needs no model where the dataset knows it."""
         self.records.write("eval", "measured", means, step=step)
-        bits = f", {means['bits_per_byte']:.3f} bits/byte" if "bits_per_byte" in means else ""
-        others = "".join(
-            f", {k} {v:.4f}" for k, v in means.items() if k not in ("loss", "bits_per_byte", "tokens")
-        )
-        self.show.line(
-            f"held out after {step}: loss {means['loss']:.4f}{bits}{others} ({means['tokens']:.0f} tokens)",
-            "bold",
-        )
-
-    def _mfu(self, seconds: float) -> float | None:
-        return None if self.work.peak is None else self.work.flops / seconds / self.work.peak
+        parts = [f"loss {means['loss']:.4f}"]
+        if "bits_per_byte" in means:
+            beside = [
+                f"{name} {self.facts[key]:.3f}"
+                for name, key in (
+                    ("byte frequencies", "unigram_bits_per_byte"),
+                    ("xz", "xz_bits_per_byte"),
+                )
+                if self.facts.get(key)
+            ]
+            parts += [
+                f"{means['bits_per_byte']:.3f} bits/byte" + (f" ({', '.join(beside)})" if beside else "")
+            ]
+        parts += [f"{k} {v:.4f}" for k, v in means.items() if k not in ("loss", "bits_per_byte", "tokens")]
+        tokens = f"{means['tokens']:.0f} {'tokens' if 'bits_per_byte' in means else 'rows'}"
+        self.show.line(f"held out after {step}: {', '.join([*parts, tokens])}", "bold")
 
     def _memory(self) -> int | None:
-        stats = self._device.memory_stats() if hasattr(self._device, "memory_stats") else None
-        peak = (stats or {}).get("peak_bytes_in_use")
-        return None if peak is None or not math.isfinite(peak) else int(peak)
+        """Peak bytes in use on this process's first device, where the platform counts them (CPU does not)."""
+        peak = (self._device.memory_stats() or {}).get("peak_bytes_in_use")
+        return None if peak is None else int(peak)
+
+
+def _peak_rss() -> int:
+    """Peak resident memory of this process so far, in bytes: on pretend devices, all of them together."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _milliseconds(seconds: float) -> str:
+    return f"{seconds * 1000:.1f} ms" if seconds < 0.01 else f"{seconds * 1000:.0f} ms"

@@ -1,11 +1,19 @@
-"""Explanations as tables for a terminal; plain text when piped."""
+"""Explanations as tables for a terminal of 120 columns; with every rule's file and line in each row when piped."""
 
 from __future__ import annotations
 
 import shutil
 import sys
+from typing import TYPE_CHECKING
 
 from experiments.explanation import Explanation, Line
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+PIPED = 400
+"""Columns when nobody's window limits them: every row stays one line, so that `| grep` finds whole lines."""
 
 
 def human(n: float, unit: str = "B", base: int = 1024) -> str:
@@ -19,80 +27,162 @@ def human(n: float, unit: str = "B", base: int = 1024) -> str:
 
 
 def print_explanation(told: Explanation, full: bool = True) -> None:
-    """Print an explanation; without `full` parameters and traffic only, as a training run shows at its start."""
+    """Print an explanation; without `full` what a run shows at its start: rules, parameters and traffic."""
     from rich.console import Console
-    from rich.table import Table
 
-    # A pipe has no width: give every column what it needs, so that `| grep` finds whole lines.
-    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else 250
-    console = Console(width=width, highlight=False, soft_wrap=False)
-    mesh = " x ".join(f"{a} {n}" for a, n in told.mesh.items()) or "one device"
-    console.print(
-        f"[bold]{told.name}[/]: {human(told.parameters, '', 1000)} parameters on {told.devices} devices ({mesh})\n"
-        f"rules {told.rules}, partitioner {told.partitioner}"
-    )
-    kinds = ("parameter", "optimizer", "batch", "activation") if full else ("parameter",)
-    for kind in kinds:
-        lines = [line for line in told.lines if line.kind == kind]
-        total = "" if kind == "activation" else f", {human(told.bytes_at_rest(kind))} per device"
-        table = Table(
-            title=f"{_TITLES[kind]}{total}",
-            title_justify="left",
-            box=None,
-            pad_edge=False,
-            header_style="dim",
-        )
-        for column in ("array", "shape", "layout", "per device", "placed by", *(("",) if full else ())):
-            table.add_column(column, overflow="fold", justify="right" if column == "per device" else "left")
-        for line in lines:
-            table.add_row(*_cells(line, full))
-        console.print(table)
-        console.print()
-    whole = [x.path for x in told.lines if x.kind == "parameter" and "/" not in x.layout]
-    if whole:
-        console.print(f"{len(whole)} parameters stay whole on every device: {', '.join(whole)}")
+    piped = not sys.stdout.isatty()
+    width = PIPED if piped else shutil.get_terminal_size().columns
+    console = Console(width=width, highlight=False, soft_wrap=False, emoji=False)
+    _head(console, told)
+    marks = {rule: _mark(i) for i, rule in enumerate(told.chain)}
+    _parameters(console, told, marks, piped)
+    if full:
+        _like_parameters(console, told, marks, piped)
+        _arrays(console, f"Batch: {_held(told, 'batch')}", told.of("batch"), marks, piped)
+        title = "Activations, as the named ops make them (a layer's once)"
+        _arrays(console, title, told.of("activation"), marks, piped)
+    _left(console, told, ("parameter", "batch", "activation") if full else ("parameter",))
     _traffic(console, told)
 
 
-_TITLES = {
-    "parameter": "Parameters at rest",
-    "optimizer": "Optimizer state",
-    "batch": "Batch",
-    "activation": "Activations, as the named ops produce them (one layer shown once)",
-}
-
-
-def _cells(line: Line, full: bool) -> list[str]:
-    where = "; ".join(line.placed) if full else "; ".join(p.split(" (")[0] for p in line.placed)
-    name = f"{line.path}  {line.source}" if line.source else line.path
-    cells = [
-        name,
-        f"{'x'.join(map(str, line.shape))} {line.dtype}",
-        line.layout,
-        human(line.bytes_per_device),
-        where,
+def _head(console: Console, told: Explanation) -> None:
+    mesh = " x ".join(f"{a} {n}" for a, n in told.mesh.items()) or "one device"
+    count = f"{human(told.parameters, '', 1000)} parameters on {told.devices} devices"
+    console.print(f"[bold]{told.name}[/]: {count} ({mesh})")
+    width = max((len(call) for call, _ in told.chain), default=0)
+    for at, (call, source) in enumerate(told.chain):
+        console.print(f"{'rules' if at == 0 else '':<12}{_mark(at)} {call:<{width}}  {source}", markup=False)
+    console.print(f"{'partitioner':<12}{told.partitioner}", markup=False)
+    parts = [
+        f"{what} {_held(told, kind)}"
+        for kind, what in (
+            ("parameter", "parameters"),
+            ("gradient", "gradients"),
+            ("optimizer", "optimizer state"),
+        )
     ]
-    return [*cells, "; ".join(line.notes)] if full else cells
+    console.print(f"{'per device':<12}{', '.join(parts)}\n", markup=False)
 
 
-def _traffic(console, told: Explanation) -> None:
+def _held(told: Explanation, kind: str) -> str:
+    return human(told.bytes_per_device[kind])
+
+
+def _mark(at: int) -> str:
+    """The sign of the rule at this place in the chain: ¹ for the first."""
+    return "".join("⁰¹²³⁴⁵⁶⁷⁸⁹"[int(digit)] for digit in str(at + 1))
+
+
+def _lies(line: Line, marks: dict[tuple[str, str], str]) -> str:
+    """`embed/fsdp² mlp/tensor³`: each axis with the sign of the rule that chose it."""
+    by = {(p.name, p.axis): marks.get((p.rule, p.source), "") for p in line.placed}
+    dims = zip(line.names, line.dims, strict=True)
+    return " ".join(name + "".join(f"/{a}{by.get((name, a), '')}" for a in axes) for name, axes in dims)
+
+
+def _placed(line: Line) -> str:
+    """Every placement with its rule's file and line, or why there is none; then what rules left out."""
+    split = {(name, axis) for name, axes in zip(line.names, line.dims, strict=True) for axis in axes}
+    placed = [f"{p.name}/{p.axis} by {p.rule} {p.source}" for p in line.placed if (p.name, p.axis) in split]
+    return "; ".join([*placed, *((f"whole: {line.whole}",) if line.whole else ()), *line.notes])
+
+
+def _table(title: str, *columns: str) -> Table:
+    from rich.table import Table
+
+    table = Table(
+        title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, header_style="dim"
+    )
+    right = ("per device", "times", "each device sends")
+    for column in columns:
+        table.add_column(column, justify="right" if column in right else "left", overflow="fold")
+    return table
+
+
+def _parameters(console: Console, told: Explanation, marks: dict[tuple[str, str], str], piped: bool) -> None:
+    title = f"Parameters at rest: {_held(told, 'parameter')} per device"
+    gathers = any(line.in_use for line in told.of("parameter"))
+    columns = ["array", "shape", "layout", "per device", *(["gathered for use"] if gathers else [])]
+    table = _table(title, *columns, *(["placed by"] if piped else []))
+    for line in told.of("parameter"):
+        cells = [
+            line.path,
+            _shape(line),
+            _lies(line, marks),
+            human(line.bytes_per_device),
+            *(["/".join(line.gathered)] if gathers else []),
+        ]
+        table.add_row(*cells, *([_placed(line)] if piped else []))
+    console.print(table)
+    console.print()
+
+
+def _like_parameters(
+    console: Console, told: Explanation, marks: dict[tuple[str, str], str], piped: bool
+) -> None:
+    """Gradients and optimizer state: a sentence where they lie as the parameters do, else their own table."""
+    rest = {line.path: line.dims for line in told.of("parameter")}
+    for kind, what in (("gradient", "Gradients"), ("optimizer", "Optimizer state")):
+        lines = told.of(kind)
+        held = f"{_held(told, kind)} per device"
+        if not lines:
+            console.print(f"[bold]{what}[/]: none\n")
+        elif all(line.dims == rest[line.path] for line in lines):
+            copies = sorted({line.copies for line in lines})
+            each = " to ".join(map(str, dict.fromkeys((copies[0], copies[-1]))))
+            console.print(
+                f"[bold]{what}[/]: {held}, {each} for each parameter, laid out as the parameter at rest\n"
+            )
+        else:
+            _arrays(console, f"{what}: {held}", lines, marks, piped)
+
+
+def _arrays(
+    console: Console, title: str, lines: tuple[Line, ...], marks: dict[tuple[str, str], str], piped: bool
+) -> None:
+    table = _table(
+        title, "made by" if lines[0].source else "array", "shape", "layout", "per device",
+        *(["placed by"] if piped else []),
+    )  # fmt: skip
+    for line in lines:
+        name = f"{line.source} {line.path}" if line.source else line.path
+        cells = (name, _shape(line), _lies(line, marks), human(line.bytes_per_device))
+        table.add_row(*cells, *([_placed(line)] if piped else []))
+    console.print(table)
+    console.print()
+
+
+def _shape(line: Line) -> str:
+    copies = f"{line.copies} x " if line.copies > 1 else ""
+    return f"{copies}{'x'.join(map(str, line.shape))} {_SHORT.get(line.dtype, line.dtype)}"
+
+
+_SHORT = {"float32": "f32", "bfloat16": "bf16", "float16": "f16", "int32": "i32"}
+
+
+def _left(console: Console, told: Explanation, kinds: tuple[str, ...]) -> None:
+    """What stays whole and what a rule left out, each reason once with the arrays that it holds for."""
+    why: dict[str, list[str]] = {}
+    for line in (line for kind in kinds for line in told.of(kind)):
+        for reason in (*((f"whole on every device, {line.whole}",) if line.whole else ()), *line.notes):
+            why.setdefault(reason, []).append(f"{line.path} ({line.source})" if line.source else line.path)
+    if not why:
+        return
+    console.print("[bold]Not split[/]")
+    for reason, paths in why.items():
+        console.print(f"{reason}: {', '.join(dict.fromkeys(paths))}", markup=False)
+    console.print()
+
+
+def _traffic(console: Console, told: Explanation) -> None:
     if not told.collectives:
         if told.mesh and "Auto" in told.partitioner:
             console.print(
                 "XLA's partitioner decides the collectives when it compiles: none can be listed before."
             )
         return
-    from rich.table import Table
-
-    table = Table(
-        title="Collectives of one step, from the trace",
-        title_justify="left",
-        box=None,
-        pad_edge=False,
-        header_style="dim",
-    )
-    for column in ("over", "kind", "times", "each device sends"):
-        table.add_column(column, justify="right" if column in ("times", "each device sends") else "left")
+    table = _table("Collectives of one step, from the trace", "over", "kind", "times", "each device sends")
     for c in told.collectives:
         table.add_row(" x ".join(c["axes"]), c["kind"], str(c["per_step"]), human(c["bytes_sent_per_device"]))
     console.print(table)
+    console.print()

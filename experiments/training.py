@@ -2,37 +2,32 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shlex
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
-from datetime import UTC, datetime
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from statistics import median
+from typing import TYPE_CHECKING, Any
 
-from experiments import assemble, devices
+from experiments import assemble, devices, run_folder
 from experiments.config import Experiment, config_hash, to_json
+from experiments.data.contract import Dataset
 from experiments.events import Events
 from experiments.record_schema import Header, installed_versions
-from experiments.records import Records
-from experiments.run_config import Origin, differences, write_run_config
+from experiments.records import Records, read
+from experiments.run_config import Origin, write_run_config
 from sharding.errors import InputError
 
-FREE = (
-    "name",
-    "mesh",
-    "rules",
-    "partitioner",
-    "devices",
-    "accumulate",
-    "log_every",
-    "evaluate",
-    "checkpoints",
-    "sample",
-)
-"""Parts of a config that may differ when a run goes on: they change how, not what, is trained."""
+if TYPE_CHECKING:
+    from experiments.checkpoints import CheckpointStore
+    from experiments.explanation import Explanation
+    from experiments.loop import Outcome
+    from experiments.progress import Progress
+    from sharding.step import TrainStep
 
 
 @dataclass(frozen=True)
@@ -50,286 +45,243 @@ class Result:
     sample: str
 
 
+@dataclass(frozen=True)
+class Run:
+    """A run that was checked and can begin: everything but its folder and its state."""
+
+    experiment: Experiment
+    origin: Origin
+    devices: Sequence[Any]
+    step: TrainStep
+    dataset: Dataset
+    told: Explanation
+    process: int
+    began: float
+
+    @property
+    def first(self) -> bool:
+        """Whether this is process 0, which prints and writes for all."""
+        return self.process == 0
+
+    def meta(self) -> dict[str, Any]:
+        """What a checkpoint says of the run."""
+        return {
+            "config_hash": config_hash(self.experiment),
+            "experiment": to_json(self.experiment),
+            "seed": self.experiment.seed,
+            "corpus": self.dataset.facts.get("sha256"),
+            "versions": installed_versions(),
+        }
+
+
 def train(
     experiment: Experiment, origin: Origin, resume: str, runs: Path, processes: devices.Processes
 ) -> Result:
     """Run an experiment into a new folder of `runs`, or go on with one (`resume`: "never", "latest" or a folder).
 
-    Raises InputError for whatever cannot be served; nothing of an existing run is lost then.
+    Raises InputError for whatever cannot be served: no folder is left by a run that could not begin, and nothing of an
+    existing run is lost.
     """
     began = time.perf_counter()
-    folder, resumed = _folder(experiment, resume, runs)
+    folder = run_folder.to_resume(experiment, resume, runs)
+    if folder is None:
+        run_folder.check_writable(runs)
+    run = _checked(experiment, origin, processes, began)
+    if folder is None:
+        place = run_folder.new(experiment, runs, makes=run.first)
+    else:
+        place = contextlib.nullcontext(run_folder.agreed(folder))
+    from experiments.progress import Progress
+
+    with place as folder, Progress(experiment.steps, shows=run.first) as show:
+        return _run(run, folder, resume != "never", show)
+
+
+def _checked(experiment: Experiment, origin: Origin, processes: devices.Processes, began: float) -> Run:
+    """Start the backend and find everything that a run needs; InputError for all that does not fit together."""
     found = devices.start(experiment.devices, processes)
     devices.cache_compilations(str(assemble.CACHE / "jax"))
     import jax
 
-    from experiments.checkpoints import CheckpointStore
-    from experiments.loop import run
-    from experiments.progress import Progress
+    from experiments.explanation import explain_step
 
     step = assemble.train_step(experiment, found)
     dataset = experiment.data.open(assemble.CACHE / "data")
     assemble.check_data(experiment, dataset, step)
-    first = jax.process_index() == 0
-    folder = _same_folder(folder, jax.process_count())
-    meta = {
-        "config_hash": config_hash(experiment),
-        "experiment": to_json(experiment),
-        "seed": experiment.seed,
-        "corpus": dataset.facts.get("sha256"),
-        "versions": installed_versions(),
-    }
-    with (
-        Progress(experiment.steps, shows=first) as show,
-        CheckpointStore(folder / "checkpoints", experiment.checkpoints.keep) as store,
-    ):
+    told = explain_step(experiment, step)
+    return Run(experiment, origin, found, step, dataset, told, jax.process_index(), began)
+
+
+def _run(run: Run, folder: Path, resumed: bool, show: Progress) -> Result:
+    from experiments import loop
+    from experiments.checkpoints import CheckpointStore
+
+    prefix = "" if run.first else f"process{run.process}-"
+    with contextlib.ExitStack() as stack:
+        store = stack.enter_context(CheckpointStore(folder / "checkpoints", run.experiment.checkpoints.keep))
         for note in store.notes:
             show.line(note, "yellow")
-        state, start = _state(experiment, step, store, meta, resumed, show)
-        if first and not resumed:
-            write_run_config(folder, origin, experiment)
-            command = shlex.join(["shardlab", "train", str(origin.path), *origin.overrides])
-            (folder / "command.txt").write_text(command + "\n")
-        header = _header(experiment, folder, found, step, dataset, start if resumed else None)
-        names = (
-            ("records.jsonl", "events.jsonl")
-            if first
-            else tuple(f"process{jax.process_index()}-{n}.jsonl" for n in ("records", "events"))
-        )
-        with Records(folder / names[0], header) as records, Events(folder / names[1], header) as events:
-            report = _reporter(experiment, step, records, events, show, found)
-            _introduce(experiment, found, folder, dataset, show, first)
-            events.write("start", time.perf_counter() - began, step=start)
-            report.start(start)
-            outcome = run(experiment, step, dataset, state, start, store, meta, report)
-            text = ""
-            if outcome.stopped:
-                events.write("stopped", step=outcome.step, reason=outcome.stopped)
-            elif experiment.sample.tokens:
-                text = _write_sample(
-                    experiment, step, outcome.state["params"], dataset, show, folder, first, events
-                )
-            events.write("end", time.perf_counter() - began, step=outcome.step)
-        result = _result(folder, outcome, time.perf_counter() - began, text)
-        if first:
-            _leave(folder, experiment, dataset, result, show)
+        state, start = _state(run, store, resumed)
+        if run.first:
+            _describe(run, folder, resumed)
+        header = _header(run, folder, start if resumed else None)
+        records = stack.enter_context(Records(folder / f"{prefix}records.jsonl", header))
+        events = stack.enter_context(Events(folder / f"{prefix}events.jsonl", header))
+        if run.first:
+            _introduce(run, folder, show)
+        if resumed:
+            show.line(f"resumed from step {start} of {store.folder}")
+        events.write("start", time.perf_counter() - run.began, step=start)
+        report = _reporter(run, records, events, show)
+        report.start(start)
+        outcome = loop.run(run.experiment, run.step, run.dataset, state, start, store, run.meta(), report)
+        text = ""
+        if outcome.stopped:
+            events.write("stopped", step=outcome.step, reason=outcome.stopped)
+        elif run.experiment.sample.tokens:
+            text = _write_sample(run, outcome.state["params"], folder, events, show)
+        events.write("end", time.perf_counter() - run.began, step=outcome.step)
+    result = _result(run, records.path, folder, outcome, text)
+    if run.first:
+        _leave(run, folder, result, show)
     return result
 
 
-def _folder(experiment: Experiment, resume: str, runs: Path) -> tuple[Path, bool]:
-    """The run's folder and whether it is one to go on with."""
-    if resume != "never":
-        return (_latest(experiment, runs) if resume == "latest" else Path(resume)), True
-    stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
-    folder = runs / experiment.name / f"{stamp}-{config_hash(experiment)[:8]}"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".probe"
-        probe.write_text("")
-        probe.unlink()
-    except OSError as error:
-        raise InputError(
-            f"The run folder {folder} cannot be written ({error.strerror}). Make it writable, or give another place with --runs."
-        ) from None
-    return folder, False
-
-
-def _latest(experiment: Experiment, runs: Path) -> Path:
-    """The newest run of this name that has a checkpoint."""
-    found = [
-        f for f in sorted((runs / experiment.name).glob("*-*")) if any((f / "checkpoints").glob("[0-9]*"))
-    ]
-    if not found:
-        raise InputError(
-            f"There is no run to resume: {runs / experiment.name} has no run with a checkpoint. Train first, or give the "
-            f"run's folder with --resume FOLDER."
-        )
-    return found[-1]
-
-
-def _same_folder(folder: Path, processes: int) -> Path:
-    """Several processes agree on the folder that process 0 chose."""
-    if processes == 1:
-        return folder
-    import numpy as np
-    from jax.experimental import multihost_utils
-
-    told = np.zeros(1024, np.uint8)
-    raw = os.fsencode(folder.absolute())[:1024]
-    told[: len(raw)] = np.frombuffer(raw, np.uint8)
-    agreed = Path(os.fsdecode(bytes(np.asarray(multihost_utils.broadcast_one_to_all(told))).rstrip(b"\0")))
-    if agreed != folder.absolute() and not any(folder.iterdir()):
-        folder.rmdir()
-    return agreed
-
-
-def _state(
-    experiment: Experiment, step: Any, store: Any, meta: dict[str, Any], resumed: bool, show: Any
-) -> tuple[Any, int]:
+def _state(run: Run, store: CheckpointStore, resumed: bool) -> tuple[Any, int]:
     """The state to start from and the updates it has had."""
     if not resumed:
-        return step.init(experiment.seed), 0
+        return run.step.init(run.experiment.seed), 0
     newest = store.latest()
     if newest is None:
+        raise InputError(f"{store.folder} has no complete checkpoint. Start a new run without --resume.")
+    run_folder.check_same(store.folder.parent, store.meta(newest), run.meta())
+    if newest >= run.experiment.steps:
         raise InputError(
-            f"{store.folder} has no complete checkpoint to resume from. Start a new run without --resume."
+            f"The run in {store.folder.parent} is finished: {newest} of {run.experiment.steps} steps are done. There "
+            f"is nothing to resume; start a new run without --resume."
         )
-    was = store.meta(newest)
-    if "experiment" in was:
-        changed = [
-            d
-            for d in differences(was["experiment"], meta["experiment"])
-            if d.split(" ")[0].split(".")[0].rstrip(":") not in FREE
-        ]
-        if changed:
-            raise InputError(
-                f"The run in {store.folder.parent} was made by another config: {'; '.join(changed)}. Only what does not "
-                f"change the numbers trained may differ on resuming ({', '.join(FREE)}). Undo the change or start a new run."
-            )
-    if was.get("corpus") != meta["corpus"]:
-        raise InputError(
-            f"The run in {store.folder.parent} was trained on a corpus with checksum {was.get('corpus')}, but the data now has "
-            f"{meta['corpus']}. Bring the old files back, or start a new run."
-        )
-    state, _ = store.restore(newest, step.abstract_state())
-    if newest >= experiment.steps:
-        raise InputError(
-            f"The run in {store.folder.parent} is finished: {newest} of {experiment.steps} steps are done."
-        )
-    show.line(f"resumed from step {newest} of {store.folder}")
-    return state, newest
+    return store.restore(newest, run.step.abstract_state())[0], newest
 
 
-def _header(
-    experiment: Experiment, folder: Path, found: Sequence[Any], step: Any, dataset: Any, resumed: int | None
-) -> Header:
+def _describe(run: Run, folder: Path, resumed: bool) -> None:
+    """The config that can be run again, and the commands by which the run was started and taken up."""
+    words = ["shardlab", "train", str(run.origin.path), *run.origin.overrides]
+    if resumed:
+        words += ["--resume", str(folder)]
+    else:
+        write_run_config(folder, run.origin, run.experiment)
+    with open(folder / "command.txt", "a", encoding="utf-8") as file:
+        file.write(shlex.join(words) + "\n")
+
+
+def _header(run: Run, folder: Path, resumed: int | None) -> Header:
     import jax
 
+    device = run.devices[0]
+    pretend = run.experiment.devices.kind == "pretend"
     return Header(
         run=folder.name,
-        config_hash=config_hash(experiment),
-        seed=experiment.seed,
+        config_hash=config_hash(run.experiment),
+        seed=run.experiment.seed,
         versions=installed_versions(),
         device={
-            "platform": found[0].platform,
-            "kind": f"pretend {found[0].platform}"
-            if experiment.devices.kind == "pretend"
-            else found[0].device_kind,
-            "count": len(found),
+            "platform": device.platform,
+            "kind": f"pretend {device.platform}" if pretend else device.device_kind,
+            "count": len(run.devices),
             "processes": jax.process_count(),
         },
-        mesh={a: n for a, n in step.split.layouts.sizes.items() if n > 1},
+        mesh=run.told.mesh,
         details={
-            "name": experiment.name,
-            "rules": repr(experiment.rules),
-            "partitioner": repr(experiment.partitioner),
-            "parameters": sum(s.size for s in step.tree.values()),
-            "data": dict(dataset.facts),
+            "name": run.experiment.name,
+            "rules": run.told.rules,
+            "partitioner": run.told.partitioner,
+            "parameters": run.told.parameters,
+            "bytes_per_device": run.told.bytes_per_device,
+            "data": dict(run.dataset.facts),
             "cores": os.cpu_count(),
         },
         resumed_step=resumed,
     )
 
 
-def _reporter(
-    experiment: Experiment, step: Any, records: Records, events: Events, show: Any, found: Sequence[Any]
-) -> Any:
-    from experiments.explanation import forward_flops
+def _reporter(run: Run, records: Records, events: Events, show: Progress) -> Any:
     from experiments.peaks import peak
     from experiments.reporting import Reporter, Work
 
-    size = 1
-    for n in step.abstract_batch(experiment.batch)["labels"].shape:
-        size *= n
-    dtype = getattr(experiment.model, "dtype", "float32")
-    rate = None if experiment.devices.kind == "pretend" else peak(found[0].device_kind, dtype)
-    work = Work(size, 3 * forward_flops(step, experiment.batch), None if rate is None else rate * len(found))
-    schedule: Any = experiment.optimizer
-    return Reporter(experiment, work, records, events, show, schedule.schedule(experiment.steps), found[0])
+    dtype = getattr(run.experiment.model, "dtype", "float32")
+    pretend = run.experiment.devices.kind == "pretend"
+    rate = None if pretend else peak(run.devices[0].device_kind, dtype)
+    work = Work(
+        run.told.tokens, 3 * run.told.forward_flops, None if rate is None else rate * len(run.devices)
+    )
+    schedule = run.experiment.optimizer.schedule(run.experiment.steps)
+    return Reporter(
+        run.experiment.steps, work, run.dataset.facts, records, events, show, schedule, run.devices[0]
+    )
 
 
-def _introduce(
-    experiment: Experiment, found: Sequence[Any], folder: Path, dataset: Any, show: Any, first: bool
-) -> None:
-    if not first:
-        return
-    from experiments.explanation import explain
+def _introduce(run: Run, folder: Path, show: Progress) -> None:
     from experiments.tables import human, print_explanation
 
-    print_explanation(
-        explain(replace(experiment, devices=replace(experiment.devices, count=len(found))), len(found)),
-        full=False,
-    )
-    facts = dataset.facts
-    sizes = ", ".join(
-        f"{k.replace('_', ' ')} {human(v, 'B' if 'bytes' in k else '', 1000)}"
-        for k, v in facts.items()
-        if k in ("train_bytes", "heldout_bytes", "train_tokens")
-    )
-    show.line(f"data {facts.get('name')}: {sizes or f'{dataset.train_rows} rows'}; run folder {folder}")
+    print_explanation(run.told, full=False)
+    facts = run.dataset.facts
+    sizes = [
+        f"{human(facts[k], 'B' if 'bytes' in k else '', 1000)} {k.replace('_', ' ')}"
+        for k in ("train_bytes", "train_tokens", "heldout_bytes")
+        if facts.get(k)
+    ]
+    show.line(f"data {facts.get('name')}: {', '.join(sizes) or f'{run.dataset.train_rows} training rows'}")
+    show.line(f"run folder {_near(folder)}")
 
 
-def _write_sample(
-    experiment: Experiment,
-    step: Any,
-    params: Any,
-    dataset: Any,
-    show: Any,
-    folder: Path,
-    first: bool,
-    events: Events,
-) -> str:
+def _write_sample(run: Run, params: Any, folder: Path, events: Events, show: Progress) -> str:
     from experiments.evaluate import sample
 
     with events.timed("sample"):
-        length = step.abstract_batch(experiment.batch)["tokens"].shape[1]
-        text = sample(step, params, dataset, experiment.sample, experiment.batch, length, experiment.seed)
-    if first:
+        e, length = run.experiment, run.step.abstract_batch(run.experiment.batch)["tokens"].shape[1]
+        text = sample(run.step, params, run.dataset, e.sample, e.batch, length, e.seed)
+    if run.first:
         show.line("sample:", "bold")
         show.line(text)
-        (folder / "sample.txt").write_text(text)
+        (folder / "sample.txt").write_text(text, encoding="utf-8")
     return text
 
 
-def _result(folder: Path, outcome: Any, seconds: float, text: str) -> Result:
-    from statistics import median
-
-    from experiments.records import read
-
-    mine = folder / "records.jsonl"
-    records = read(mine) if mine.exists() else []
-    steps = [r for r in records if r.kind == "step"]
-    evals = [r for r in records if r.kind == "eval"]
-    times = [r.values["step_seconds"] for r in steps if r.values.get("step_seconds")]
-    last = evals[-1].values if evals else {}
+def _result(run: Run, mine: Path, folder: Path, outcome: Outcome, text: str) -> Result:
+    records = read(mine)
+    steps = [r.values for r in records if r.kind == "step"]
+    evals = [r.values for r in records if r.kind == "eval"]
+    times = [v["step_seconds"] for v in steps if v.get("step_seconds")]
+    last = evals[-1] if evals else {}
     return Result(
-        folder=str(folder),
+        folder=str(_near(folder)),
         step=outcome.step,
         stopped=outcome.stopped,
-        loss=steps[-1].values["loss"] if steps else None,
+        loss=steps[-1]["loss"] if steps else None,
         heldout_loss=last.get("loss"),
         heldout_bits_per_byte=last.get("bits_per_byte"),
         step_seconds_median=median(times) if times else None,
-        seconds=seconds,
+        seconds=time.perf_counter() - run.began,
         sample=text,
     )
 
 
-def _leave(folder: Path, experiment: Experiment, dataset: Any, result: Result, show: Any) -> None:
+def _leave(run: Run, folder: Path, result: Result, show: Progress) -> None:
     """The pictures and the last lines of a run."""
     from experiments.report import write_report
 
-    (folder / "result.json").write_text(json.dumps(asdict(result), indent=1) + "\n")
-    show.line(f"report {write_report(folder, experiment, dict(dataset.facts), result)}")
-    facts = dataset.facts
-    if result.heldout_bits_per_byte is not None and facts.get("unigram_bits_per_byte"):
-        show.line(
-            f"held-out text: {result.heldout_bits_per_byte:.3f} bits/byte by the model, "
-            f"{facts['unigram_bits_per_byte']:.3f} by its bytes' frequencies, {facts['xz_bits_per_byte']:.3f} by xz"
-        )
+    (folder / "result.json").write_text(json.dumps(asdict(result), indent=1) + "\n", encoding="utf-8")
+    report = write_report(folder, run.experiment, dict(run.dataset.facts), result)
+    show.line(f"report {_near(report)}")
     if result.stopped:
+        at = _near(folder)
         show.line(
             f"stopped by {result.stopped} after step {result.step}, saved. Go on with: "
-            f"shardlab train {folder / 'config.py'} --resume {folder}",
+            f"shardlab train {shlex.quote(str(at / 'config.py'))} --resume {shlex.quote(str(at))}",
             "bold",
         )
+
+
+def _near(path: Path) -> Path:
+    """The path as seen from the working directory, where it lies below it."""
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import jax.numpy as jnp
 from flax import nnx
-from jax import Array, nn
+from jax import Array, checkpoint, nn
 
 from models.transformer_config import TransformerConfig
 from sharding.attention import attention, rope
@@ -47,16 +47,16 @@ class FeedForward(nnx.Module):
     """SwiGLU (Shazeer 2020, arXiv:2002.05202)."""
 
     def __init__(self, c: TransformerConfig):
-        self.gate = param("embed mlp", (c.embed, c.mlp), normal(c.embed**-0.5))
-        self.up = param("embed mlp", (c.embed, c.mlp), normal(c.embed**-0.5))
+        self.gate_up = param("embed gates mlp", (c.embed, 2, c.mlp), normal(c.embed**-0.5))
         self.down = param("mlp embed", (c.mlp, c.embed), normal((c.mlp * 2 * c.layers) ** -0.5))
 
     def __call__(self, x_BLD: Array) -> Array:
-        gate_BLF = einsum("batch length embed, embed mlp -> batch length mlp", x_BLD, self.gate)
-        up_BLF = einsum("batch length embed, embed mlp -> batch length mlp", x_BLD, self.up)
-        return einsum(
-            "batch length mlp, mlp embed -> batch length embed", nn.silu(gate_BLF) * up_BLF, self.down
+        both_BLGF = einsum(
+            "batch length embed, embed gates mlp -> batch length gates mlp", x_BLD, self.gate_up
         )
+        # Computed again for the backward pass: elementwise, from what is kept anyway.
+        hidden_BLF = checkpoint(lambda both: nn.silu(both[:, :, 0]) * both[:, :, 1])(both_BLGF)
+        return einsum("batch length mlp, mlp embed -> batch length embed", hidden_BLF, self.down)
 
 
 class Block(nnx.Module):

@@ -7,8 +7,9 @@ Claim: Split over more devices, training keeps the throughput that the hardware 
 Records: kind "sweep", measured: one for each mode, split and device count, with the step times of several rounds.
 
 Reproduce:
-    shardlab sweep configs/scaling.py
-    cp runs/scaling/*/records.jsonl paper_figures/records/scaling/pretend.jsonl
+    shardlab sweep configs/scaling_quick.py
+    mkdir -p paper_figures/records/scaling
+    cp runs/scaling_quick/*/records.jsonl paper_figures/records/scaling/scaling_quick.jsonl
     shardlab figures scaling
 """
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jax import Array, lax
 
+from sharding.causal import causal_attention
 from sharding.errors import InputError
 from sharding.ops import back, positions, whole
 from sharding.region import current, tap
+from sharding.relayout import vary, varying
 
 
 def rope(x: Array, names: str, theta: float = 10000.0) -> Array:
@@ -46,6 +48,9 @@ def attention(q: Array, k: Array, v: Array) -> Array:
         raise InputError(
             f"attention has {q.shape[2]} query heads for {k.shape[2]} key heads. Make heads a multiple of kv_heads."
         )
+    if region is not None and region.manual:
+        union = varying(q) | varying(k) | varying(v)
+        q, k, v = (vary(x, union) for x in (q, k, v))
     return tap("attention", tuple(of_q.split()), back(causal_attention(q, k, v), of_q, lies))
 
 
@@ -55,17 +60,3 @@ def _heads_of(q: Array, kv: Array, axes: tuple[str, ...]) -> Array:
     first = lax.axis_index(axes) * q.shape[2] if axes else 0
     group = q.shape[2] * split // kv.shape[2]
     return jnp.take(kv, (first + jnp.arange(q.shape[2], dtype=jnp.int32)) // group, axis=2)
-
-
-def causal_attention(q: Array, k: Array, v: Array) -> Array:
-    """Causal grouped-query attention on one device. q: (B, L, H, K), k and v: (B, L, J, K); returns (B, L, H, K)."""
-    batch, length, heads, dim = q.shape
-    groups = heads // k.shape[2]
-    q = q.reshape(batch, length, k.shape[2], groups, dim) * jnp.asarray(dim**-0.5, q.dtype)
-    scores = jnp.einsum("bqjgk,bsjk->bjgqs", q, k, preferred_element_type=jnp.float32)
-    seen = jnp.arange(length)[:, None] >= jnp.arange(length)[None, :]
-    scores = jnp.where(seen, scores, jnp.asarray(jnp.finfo(jnp.float32).min, scores.dtype))
-    weights = jnp.exp(scores - lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True)))
-    weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
-    out = jnp.einsum("bjgqs,bsjk->bqjgk", weights.astype(v.dtype), v)
-    return out.reshape(batch, length, heads, dim)

@@ -19,6 +19,7 @@ NAMES = {
     "length": "L",  # positions of a sequence
     "embed": "D",  # the residual stream
     "mlp": "F",  # hidden features of a feed-forward layer
+    "gates": "G",  # the gate and the value of a gated feed-forward layer
     "heads": "H",  # query heads
     "kv_heads": "J",  # key and value heads (grouped-query attention)
     "head_dim": "K",  # features of one head
@@ -77,6 +78,10 @@ class MeshShape:
 
     def resolve(self, devices: int) -> MeshShape:
         """The shape with -1 filled so that the product of all axes is `devices`; `InputError` when it cannot be."""
+        if devices < 1:
+            raise InputError(
+                f"The mesh {self.describe()} is asked for over {devices} devices. Give it at least one."
+            )
         sizes = self.sizes()
         wrong = {a: n for a, n in sizes.items() if n < 1 and n != -1}
         if wrong or self.slices < 1:

@@ -33,8 +33,12 @@ def layers(block: nnx.Module, x: Array, remat: Remat = "none", loop: Loop = "aut
     """
     stacked = values(block)
     depth = next(iter(stacked.values())).shape[0]
-    body = _remat(lambda x, held: bind(block, held)(x), remat, block)
-    if loop == "scan" or (loop == "auto" and (depth > UNROLL_UP_TO or jax.default_backend() != "cpu")):
+    region = current()
+    cpu = region is None or region.platform == "cpu"
+    scanned = loop == "scan" or (loop == "auto" and (depth > UNROLL_UP_TO or not cpu))
+    # XLA:CPU drops the barriers that keep two gathers of one array apart: unrolled, it merges them whatever we write.
+    body = _remat(lambda x, held: bind(block, held)(x), remat, block, regather=scanned or not cpu)
+    if scanned:
         return lax.scan(lambda x, held: (body(x, held), None), x, stacked)[0]
     # lax.split, because its transpose is one concatenate; that of `depth` slices is `depth` padded sums
     parts = {path: lax.split(array, (1,) * depth, 0) for path, array in stacked.items()}
@@ -43,14 +47,16 @@ def layers(block: nnx.Module, x: Array, remat: Remat = "none", loop: Loop = "aut
     return x
 
 
-def _remat(body: Callable[..., Array], remat: Remat, block: nnx.Module) -> Callable[..., Array]:
+def _remat(
+    body: Callable[..., Array], remat: Remat, block: nnx.Module, regather: bool
+) -> Callable[..., Array]:
     if remat == "full":
         return jax.checkpoint(body)
     if remat == "dots":
         return jax.checkpoint(body, policy=checkpoint_policies.dots_with_no_batch_dims_saveable)
     if remat != "none":
         raise InputError(f"The remat policy {remat!r} does not exist. The policies are none, dots and full.")
-    if not _regathers(block):
+    if not (regather and _regathers(block)):
         return body
     return jax.checkpoint(body, policy=drops_gathered)
 

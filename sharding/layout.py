@@ -148,12 +148,12 @@ class Layouts:
             ask = Ask(path, role, names, shape, tuple(dims), self.sizes)
             for name, split in rule.place(ask).items():
                 at = names.index(name)
-                self._placed.add(rule)
                 reason = Reason(name, split.axis, self.sizes[split.axis], role, rule.call, rule.source)
                 clash = self._clash(reason, split, taken, [r for r in made if r.name == name], path)
                 if clash:
                     left.append(clash)
                     continue
+                self._placed.add(rule)
                 made.append(reason)
                 taken[split.axis] = reason
                 if reason.size > 1:

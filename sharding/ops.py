@@ -7,6 +7,7 @@ region (local shards, explicit collectives) and XLA's partitioner (global arrays
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array, lax
@@ -48,7 +49,9 @@ def einsum(spec: str, *operands: Operand) -> Array:
     wanted = region.dims(result)
     shapes, items = tuple(x.shape for x in taken), tuple(x.dtype.itemsize for x in taken)
     best = plan(spec, layouts, shapes, items, wanted, region.layouts.sizes)
-    union = frozenset().union(*(varying(x) for x in taken), *(a for dims in best.operands for a in dims))
+    # what is gathered from every operand is equal on all devices again, and must be typed so
+    stay = (varying(x).difference(*src) for x, src in zip(taken, layouts, strict=True))
+    union = frozenset().union(*stay, *(a for dims in best.operands for a in dims))
     moved = [
         region.move(x, src, dst, union) for x, src, dst in zip(taken, layouts, best.operands, strict=True)
     ]
@@ -85,21 +88,30 @@ def embed(table: Operand, ids: Array, names: str) -> Array:
 
 
 def rms_norm(x: Array, scale: Operand, names: str, eps: float = 1e-6) -> Array:
-    """Root-mean-square norm over the last of `names` (Zhang and Sennrich 2019), in float32, times `scale`."""
+    """Root-mean-square norm over the last of `names` (Zhang and Sennrich 2019), in float32, times `scale`.
+
+    The backward pass computes it again from `x` instead of keeping the result: one pass over an array that is kept
+    anyway.
+    """
     words = tuple(names.split())
     region = current()
-    x32 = x.astype(jnp.float32)
+    split: tuple[str, ...] = ()
     if region is None or not region.manual:
-        weight, mean = _global(region, scale, None), jnp.mean(jnp.square(x32), axis=-1, keepdims=True)
+        weight = _global(region, scale, None)
     else:
-        dims = region.dims(words)
+        split = region.dims(words)[-1]
         (held,), (lies,) = _local(region, (scale,), ((words[-1],),), None, varying(x))
-        weight = region.move(held, lies, (dims[-1],), varying(x))
+        weight = region.move(held, lies, (split,), varying(x))
+
+    @jax.checkpoint
+    def norm(x: Array, weight: Array) -> Array:
+        x32 = x.astype(jnp.float32)
         mean = jnp.mean(jnp.square(x32), axis=-1, keepdims=True)
-        if dims[-1]:
-            mean = lax.pmean(mean, dims[-1])
-    out = x32 * lax.rsqrt(mean + eps) * weight.astype(jnp.float32).reshape((1,) * (x.ndim - 1) + (-1,))
-    return tap("rms_norm", words, _settle(region, out.astype(x.dtype), words))
+        mean = lax.pmean(mean, split) if split else mean
+        along = weight.astype(jnp.float32).reshape((1,) * (x.ndim - 1) + (-1,))
+        return (x32 * lax.rsqrt(mean + eps) * along).astype(x.dtype)
+
+    return tap("rms_norm", words, _settle(region, norm(x, weight), words))
 
 
 def cross_entropy(logits: Array, labels: Array, names: str) -> Array:

@@ -109,6 +109,11 @@ def declare(model: nnx.Module) -> dict[str, ParamSpec]:
     return tree
 
 
+def matrices(tree: Mapping[str, ParamSpec]) -> dict[str, bool]:
+    """path -> whether the parameter is a matrix (two dims or more besides `layers`): what weight decay applies to."""
+    return {path: len([n for n in spec.names if n != "layers"]) >= 2 for path, spec in tree.items()}
+
+
 def bind(model: M, arrays: Mapping[str, jax.Array]) -> M:
     """A copy of `model` whose parameters hold `arrays` (path -> array); the paths must be the model's own."""
     graph, state = nnx.split(model)

@@ -46,6 +46,8 @@ class Region:
     partitioner: Partitioner
     taps: list[Tap] | None = None
     """Filled with every named op's result when it is a list."""
+    platform: str = "cpu"
+    """What the trace is for: some ops have a better form on one platform."""
     _memo: dict[tuple, tuple[Any, Array, Array]] = field(default_factory=dict)
 
     @property

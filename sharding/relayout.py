@@ -9,6 +9,7 @@ from typing import Any
 
 from jax import Array, lax, typeof
 
+from sharding.errors import InputError
 from sharding.layout import Dims
 from sharding.moves import common, exchange, scatter_axes
 
@@ -43,6 +44,7 @@ def relayout(x: Array, src: Dims, dst: Dims, stays_varying: frozenset[str] = fro
         return x
     moved = exchange(src, dst)
     if moved is not None:
+        _parts(x, moved.target, moved.axes)
         x = vary(x, frozenset(moved.axes))
         return lax.all_to_all(x, moved.axes, split_axis=moved.target, concat_axis=moved.source, tiled=True)
     for dim, (have, want) in enumerate(zip(src, dst, strict=True)):
@@ -58,6 +60,7 @@ def finish(x: Array, partial: tuple[str, ...], src: Dims, dst: Dims) -> Array:
     for dim, (have, want) in enumerate(zip(src, dst, strict=True)):
         over = scatter_axes(have, want, partial)
         if over:
+            _parts(x, dim, over)
             x = lax.psum_scatter(vary(x, frozenset(over)), over, scatter_dimension=dim, tiled=True)
             now[dim] = (*have, *over)
     left = tuple(a for a in partial if not any(a in dim for dim in now))
@@ -82,6 +85,16 @@ def _gather(x: Array, dim: int, axes: tuple[str, ...], stays_varying: frozenset[
 def _slice(x: Array, dim: int, axes: tuple[str, ...]) -> Array:
     if not axes:
         return x
-    parts = lax.axis_size(axes)
-    size = x.shape[dim] // parts
+    size = x.shape[dim] // _parts(x, dim, axes)
     return lax.dynamic_slice_in_dim(vary(x, frozenset(axes)), lax.axis_index(axes) * size, size, dim)
+
+
+def _parts(x: Array, dim: int, axes: tuple[str, ...]) -> int:
+    """Devices over which a dim is to be split; InputError when it does not divide, instead of a slice that drops rows."""
+    parts = lax.axis_size(axes)
+    if x.shape[dim] % parts:
+        raise InputError(
+            f"An activation of local shape {tuple(x.shape)} is to be split in dim {dim} over {' x '.join(axes)} into "
+            f"{parts} parts, but {x.shape[dim]} does not divide. Make the dim a multiple of {parts}, or those axes smaller."
+        )
+    return parts

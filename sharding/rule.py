@@ -80,18 +80,18 @@ class Ask:
 Placing = Mapping[str, "str | Split"] | Callable[[Ask], Mapping[str, "str | Split"]]
 
 
-def largest_dim(axis: str, never: tuple[str, ...] = ("layers",)) -> Callable[[Ask], Mapping[str, Split]]:
-    """Placing that splits, over `axis`, the largest dim that divides: an unsplit one if there is one, else further.
+def first_dim(axis: str, never: tuple[str, ...] = ("layers",)) -> Callable[[Ask], Mapping[str, Split]]:
+    """Placing that splits, over `axis`, the first dim that divides: an unsplit one if there is one, else further.
 
-    `layers` is never chosen: a scan over layers would have to gather the whole stack at once. An array without such a
-    dim is left as it is, which `explain` counts and names.
+    The first, because gathering along the outermost dim concatenates whole blocks of memory. `layers` is never chosen:
+    a scan over layers would have to gather the whole stack at once. An array without such a dim is left as it is, which
+    `explain` names.
     """
 
     def place(ask: Ask) -> Mapping[str, Split]:
         n = ask.size(axis)
         fits = [d for d, name in enumerate(ask.names) if name not in never and ask.local(d) % n == 0]
-        free = [d for d in fits if not ask.dims[d]]
-        best = max(free or fits, key=ask.local, default=None)
+        best = next((d for d in fits if not ask.dims[d]), next(iter(fits), None))
         return {} if best is None else {ask.names[best]: also(axis)}
 
     return place
@@ -159,6 +159,9 @@ class Rules:
             )
         return Rules(self.chain + other.chain)
 
+    def __ror__(self, other: object) -> Rules:
+        return self | other  # type: ignore[operator]  # reached only by what is no Rules: the same error
+
     def __repr__(self) -> str:
         return " | ".join(r.call for r in self.chain) or "Rules()"
 
@@ -177,6 +180,11 @@ def rule(factory: Callable[..., Rule]) -> Callable[..., Rules]:
     @functools.wraps(factory)
     def make(*args: object, **kwargs: object) -> Rules:
         made = factory(*args, **kwargs)
+        if not isinstance(made, Rule):
+            raise InputError(
+                f"{factory.__name__}, decorated with @rule, returns a {type(made).__name__}, but it must return a Rule. "
+                f"A function that chains other rules needs no decorator."
+            )
         bound = inspect.signature(factory).bind(*args, **kwargs)
         words = ", ".join([*map(repr, bound.args), *(f"{k}={v!r}" for k, v in bound.kwargs.items())])
         code = inspect.unwrap(factory).__code__

@@ -8,6 +8,7 @@ lie by the `optimizer` role: an elementwise update then needs no communication, 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -38,6 +39,13 @@ class Split:
     mesh: Mesh | None
     partitioner: Partitioner = field(default_factory=Manual)
     accumulate: int = 1
+    platform: str = ""
+    """The platform to trace for ("cpu", "gpu", "tpu"); "" takes that of the mesh's devices."""
+
+    def target(self) -> str:
+        """The platform that the step is for."""
+        devices = getattr(self.mesh, "devices", None)
+        return self.platform or ("cpu" if devices is None else devices.flat[0].platform)
 
 
 class TrainStep:
@@ -48,7 +56,7 @@ class TrainStep:
     """
 
     def __init__(
-        self, model: nnx.Module, optimizer: optax.GradientTransformation, split: Split, clip: float = 0.0
+        self, model: nnx.Module, optimizer: optax.GradientTransformation, split: Split, clip: float = math.inf
     ):
         self.model, self.optimizer, self.split, self.clip = model, optimizer, split, clip
         self.tree: dict[str, ParamSpec] = declare(model)
@@ -156,7 +164,7 @@ class TrainStep:
 
     def region(self, taps: list | None = None) -> Region:
         """A region for one trace."""
-        return Region(self.split.layouts, self.split.mesh, self.split.partitioner, taps)
+        return Region(self.split.layouts, self.split.mesh, self.split.partitioner, taps, self.split.target())
 
     def evaluate_sums(self, params: dict[str, Array], batch: Mapping[str, Array]) -> dict[str, Array]:
         """The model's global sums in whatever region is entered."""
@@ -197,7 +205,9 @@ class TrainStep:
             return {p: self._lies(g, self.layouts[p].gradient) for p, g in grads.items()}, sums
 
         grads, sums = self._accumulated(one, batch)
-        scale, metrics = self._finished(sums, optax.global_norm(grads))
+        scale, metrics = self._finished(
+            sums, jnp.sqrt(sum(jnp.sum(jnp.square(g.astype(jnp.float32))) for g in grads.values()))
+        )
         return {
             p: self._lies(g, self.layouts[p].optimizer) * scale.astype(g.dtype) for p, g in grads.items()
         }, metrics
@@ -242,7 +252,7 @@ class TrainStep:
         """Factor that turns summed gradients into clipped means, and the metrics."""
         weight = jnp.maximum(sums["weight"], jnp.asarray(1e-6, jnp.float32))
         norm = norm / weight
-        clip = jnp.minimum(1.0, self.clip / jnp.maximum(norm, 1e-12)) if self.clip else jnp.ones(())
+        clip = jnp.minimum(1.0, self.clip / jnp.maximum(norm, 1e-12))
         means = {k: v / weight for k, v in sums.items() if k != "weight"}
         return clip / weight, {**means, "weight": sums["weight"], "grad_norm": norm}
 

@@ -9,7 +9,7 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from experiments import cli
+from experiments import assemble, cli
 from experiments.devices import Processes
 
 EXIT_CODES = {"": 0, "SIGINT": 130, "SIGTERM": 143}
@@ -33,6 +33,7 @@ class Flags:
 def main(argv: list[str]) -> int:
     """Train; 0, or 130 / 143 when a signal stopped the run after a save."""
     experiment, flags, origin = cli.read(argv, Flags)
+    assemble.check_axes(origin.overrides)
     from experiments.training import train
 
     result = train(experiment, origin, flags.resume, flags.runs, flags.processes)

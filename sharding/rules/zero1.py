@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from sharding.rule import Rule, also, largest_dim, rule
+from sharding.rule import Rule, also, first_dim, rule
 
 
 @rule
 def zero1(axis: str = "data") -> Rule:
     """Split the batch and the optimizer's state over `axis`: whole gradients, each device updates its part, parameters
     are gathered after the update."""
-    return Rule(optimizer=largest_dim(axis), activation={"batch": also(axis)})
+    return Rule(optimizer=first_dim(axis), activation={"batch": also(axis)})

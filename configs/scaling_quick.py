@@ -1,0 +1,65 @@
+"""Strong and weak scaling of a 1.0 M byte-level transformer over 1, 2, 4 and 8 pretend devices.
+
+Claim:    split by data, fsdp or tensor, one training step computes the same numbers; on devices that share the same
+          cores it costs what the splitting costs, and nothing gets faster.
+Command:  shardlab sweep configs/scaling_quick.py
+Cost:     under 4 minutes on 2 CPU cores (expected, to be measured)
+Result:   a table, a figure and records of each round (expected result to be measured)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from configs.quickstart import config as quickstart
+from experiments.data.stdlib import Stdlib
+from experiments.sweep import Point, Sweep
+from models.transformer_config import TransformerConfig
+from sharding.axes import MeshShape
+from sharding.rule import Rules
+from sharding.rules.data import data
+from sharding.rules.fsdp import fsdp
+from sharding.rules.tensor import tensor
+
+DEVICES = (2, 4, 8)
+
+BATCH, ROWS = 16, 2
+"""Rows of a strong point, and rows on each device of a weak one: both modes meet at 8 devices."""
+
+# heads and kv_heads divide into 8, the most devices that tensor has.
+SMALL = TransformerConfig(
+    vocab=256, layers=2, embed=192, heads=8, kv_heads=8, head_dim=24, mlp=512, length=128
+)
+
+
+def strong(rule: Callable[[], Rules]) -> tuple[Point, ...]:
+    """One rule over the axis of its own name, the same batch at every device count above 1."""
+    name = rule.__name__
+    return tuple(Point("strong", name, rule(), MeshShape.of((name, n)), n, BATCH) for n in DEVICES)
+
+
+def weak(rule: Callable[[], Rules]) -> tuple[Point, ...]:
+    """One rule over the axis of its own name, the same rows on each device at every count above 1."""
+    name = rule.__name__
+    return tuple(Point("weak", name, rule(), MeshShape.of((name, n)), n, ROWS * n) for n in DEVICES)
+
+
+def config() -> Sweep:
+    """The sweep. One device knows no split, so it is measured once for all of a mode."""
+    return Sweep(
+        name="scaling_quick",
+        base=replace(quickstart(), name="scaling_quick", model=SMALL, data=Stdlib(length=SMALL.length)),
+        points=(
+            Point("strong", "data", data(), MeshShape(), 1, BATCH),
+            *strong(data),
+            *strong(fsdp),
+            *strong(tensor),
+            Point("weak", "data", data(), MeshShape(), 1, ROWS),
+            *weak(data),
+            *weak(fsdp),
+        ),
+        rounds=3,
+        steps=5,
+        warmup=1,
+    )

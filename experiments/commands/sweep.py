@@ -1,0 +1,215 @@
+"""Time a config's points on 1, 2, 4, ... devices in one process: a table, records and the scaling figure.
+
+CONFIG is a file whose `config()` returns a Sweep, such as configs/scaling_quick.py. All points are compiled first, then
+take turns, round after round. Ctrl-C and SIGTERM finish the turn and leave the records of every finished round.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+import shutil
+import sys
+import time
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, cast
+
+from experiments import cli
+from experiments.commands.train import EXIT_CODES
+from experiments.sweep import Sweep, load
+from sharding.errors import InputError
+
+DISAGREE = 1
+"""Exit code when two splits of one batch have different losses."""
+
+
+@dataclass(frozen=True)
+class Flags:
+    """Options of `shardlab sweep`."""
+
+    rounds: int | None = None
+    """Turns of every point, instead of the config's."""
+    json: Path | None = None
+    """Write the sweep's result to this file as one JSON document."""
+    runs: Path = Path("runs")
+    """Where run folders are made."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a sweep left: its folder, finished rounds, why it stopped early ("" if it did not), the table's rows,
+    the largest relative difference of losses that should be equal, seconds spent compiling and in all.
+    """
+
+    folder: str
+    rounds: int
+    stopped: str
+    points: list[dict[str, Any]]
+    loss_difference: float
+    cores: int
+    shared_cores: bool
+    compile_seconds: float
+    seconds: float
+    figures: list[str]
+
+
+def main(argv: list[str]) -> int:
+    """Run the sweep; 0, 1 when losses disagree, 130 / 143 when a signal stopped it."""
+    if {"-h", "--help"} & set(argv):
+        cli.read_flags(["--help"], Flags)
+    if not argv or argv[0].startswith("-"):
+        raise InputError(
+            f"shardlab sweep takes a CONFIG first, then flags{f', but got {argv[0]!r}' if argv else ''}. "
+            f"For example: shardlab sweep configs/scaling_quick.py"
+        )
+    config, flags = Path(argv[0]), cli.read_flags(argv[1:], Flags)
+    sweep = load(config)
+    if flags.rounds is not None:
+        sweep = replace(sweep, rounds=flags.rounds)
+    from experiments.sweep_run import Disagreement
+
+    try:
+        result = run(sweep, config, flags)
+    except Disagreement as error:
+        print(cli.paragraph(f"shardlab: {error}"), file=sys.stderr)
+        return DISAGREE
+    if flags.json:
+        flags.json.parent.mkdir(parents=True, exist_ok=True)
+        flags.json.write_text(json.dumps(asdict(result), indent=1) + "\n")
+    return EXIT_CODES[result.stopped]
+
+
+def run(sweep: Sweep, config: Path, flags: Flags) -> Result:
+    """Measure a sweep into a new folder of `flags.runs`. Raises InputError, and Disagreement for different losses."""
+    from experiments import devices
+    from experiments.config import config_hash
+    from experiments.events import Events
+    from experiments.progress import Progress
+    from experiments.records import Records
+    from experiments.stopping import StopRequest
+    from experiments.sweep_run import cores, header, measure, prepare, rows
+
+    began = time.perf_counter()
+    digest = config_hash(cast(Any, sweep))
+    folder = _folder(config, flags, sweep, digest)
+    found = devices.start(sweep.base.devices)
+    sides, dataset = prepare(sweep, found)
+    about = header(sweep, folder.name, digest, found, sides, dataset)
+    shared = found[0].platform == "cpu"
+    with (
+        StopRequest(agree_every=1) as stop,
+        Progress(sweep.rounds * len(sides)) as show,
+        Records(folder / "records.jsonl", about) as records,
+        Events(folder / "events.jsonl", about) as events,
+    ):
+        size = f"{about.details['parameters'] / 1e6:.2f} M parameters"
+        show.line(f"{sweep.name}: {len(sides)} points, {size}, run folder {folder}", "bold")
+        if shared:
+            show.line(_sharing(cores()))
+        measured = measure(sweep, sides, dataset, records, events, show, stop)
+        table = list(rows(measured, shared))
+        for line in _table(table):
+            show.line(line)
+        pictures = _draw(folder, show) if table else []
+        result = Result(
+            folder=str(folder),
+            rounds=measured.rounds,
+            stopped=measured.stopped,
+            points=table,
+            loss_difference=measured.difference,
+            cores=cores(),
+            shared_cores=shared,
+            compile_seconds=sum(s.compile_seconds for s in sides),
+            seconds=time.perf_counter() - began,
+            figures=pictures,
+        )
+        _leave(result, sweep, show)
+    return result
+
+
+def _folder(config: Path, flags: Flags, sweep: Sweep, digest: str) -> Path:
+    """The sweep's new folder with what it was asked: source.py, config.json (every value) and command.txt."""
+    from experiments.config import to_json
+
+    folder = flags.runs / sweep.name / f"{datetime.now(UTC).strftime('%Y%m%d-%H%M%S')}-{digest[:8]}"
+    rounds = [] if flags.rounds is None else ["--rounds", str(flags.rounds)]
+    document = {"config_hash": digest, "overrides": rounds, "sweep": to_json(sweep)}
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(config, folder / "source.py")
+        (folder / "config.json").write_text(json.dumps(document, indent=2, allow_nan=False) + "\n")
+        command = shlex.join(["shardlab", "sweep", str(config), *rounds])
+        (folder / "command.txt").write_text(command + "\n")
+    except OSError as error:
+        raise InputError(
+            f"The run folder {folder} cannot be written ({error.strerror}). Make it writable, or give another place "
+            f"with --runs."
+        ) from None
+    return folder
+
+
+def _sharing(cores: int) -> str:
+    return (
+        f"Pretend devices share the same {cores} CPU core{'s' if cores > 1 else ''}: more of them bring nothing. Ideal "
+        f"is the throughput of one device at every count, and what is below it is the cost of splitting."
+    )
+
+
+def _table(points: list[dict[str, Any]]) -> list[str]:
+    """Lines of the table: one a point, with the range of its rounds' medians."""
+    if not points:
+        return []
+    head = ("mode", "split", "devices", "rows", "median ms", "tokens/s", "efficiency", "min-max ms")
+    cells: list[tuple[str, ...]] = [head]
+    for p in points:
+        low, high = (1000 * x for x in p["step_seconds_range"])
+        cells.append(
+            (
+                p["mode"],
+                p["split"],
+                str(p["devices"]),
+                str(p["global_batch"]),
+                f"{1000 * p['step_seconds']:.1f}",
+                f"{p['tokens_per_second']:,.0f}",
+                f"{p['efficiency']:.0%}",
+                f"{low:.1f}-{high:.1f}",
+            )
+        )
+    wide = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    sides = (str.ljust, str.ljust, *(str.rjust,) * (len(head) - 2))
+    return ["  ".join(side(c, w) for c, w, side in zip(row, wide, sides, strict=True)) for row in cells]
+
+
+def _draw(folder: Path, show: Any) -> list[str]:
+    """The scaling figure of this sweep's records in its folder; why there is none where it cannot be drawn."""
+    from experiments.records import RecordError
+    from paper_figures import build
+
+    try:
+        files = build.build("scaling", folder, ("svg", "png"), [folder / "records.jsonl"]).files
+    except RecordError as error:
+        show.line(f"no figure: {error}", "yellow")
+        return []
+    return [str(path) for path in files]
+
+
+def _leave(result: Result, sweep: Sweep, show: Any) -> None:
+    """The last lines of a sweep."""
+    if result.points:
+        show.line(
+            f"points with the same batch have the same losses to {result.loss_difference:.1e} of their size; compiling "
+            f"took {result.compile_seconds:.0f} s, everything {result.seconds:.0f} s"
+        )
+    for path in result.figures:
+        show.line(f"figure {path}")
+    if result.stopped:
+        kept = (
+            f"the records of {result.rounds} of {sweep.rounds} rounds are"
+            if result.rounds
+            else "no round was finished, so no timing is"
+        )
+        show.line(f"stopped by {result.stopped}: {kept} in {result.folder}", "bold")
+    else:
+        show.line(f"records {Path(result.folder) / 'records.jsonl'}")

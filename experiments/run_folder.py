@@ -1,0 +1,159 @@
+"""The folder of a run: made when everything has been checked, found again, and let go of when nothing came of it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from experiments.checkpoint_folder import sealed_steps
+from experiments.config import Experiment, config_hash
+from experiments.run_config import differences
+from sharding.errors import InputError
+
+FREE = (
+    "name",
+    "mesh",
+    "rules",
+    "partitioner",
+    "devices",
+    "accumulate",
+    "log_every",
+    "evaluate",
+    "checkpoints",
+    "sample",
+)
+"""Parts of a config that may differ when a run goes on: they change how, not what, is trained."""
+
+
+def to_resume(experiment: Experiment, resume: str, runs: Path) -> Path | None:
+    """The folder to go on with, None for a new run; `InputError` when there is no checkpoint there.
+
+    `resume` is "never", "latest" (the newest run of this name that has a checkpoint) or a run's folder.
+    """
+    if resume == "never":
+        return None
+    if resume == "latest":
+        found = [f for f in sorted((runs / experiment.name).glob("*-*")) if _steps(f)]
+        if not found:
+            raise InputError(
+                f"There is no run to resume: {runs / experiment.name} has no run with a checkpoint. Train first, name "
+                f"the place of the runs with --runs, or give the run's folder with --resume FOLDER."
+            )
+        return found[-1]
+    folder = Path(resume)
+    if not folder.is_dir():
+        raise InputError(
+            f"There is no run to resume at {folder}: it is {'a file' if folder.exists() else 'not there'}. Give a "
+            f"run's folder, such as {runs / experiment.name}/TIME-HASH, or --resume latest."
+        )
+    if not _steps(folder):
+        raise InputError(
+            f"The run in {folder} has no complete checkpoint to go on from. Give another run's folder, or start a new "
+            f"run without --resume."
+        )
+    return folder
+
+
+def check_writable(runs: Path) -> None:
+    """Refuse, before anything slow, a place in which no run folder could be made. Leaves nothing behind."""
+    there = next(p for p in (runs.absolute(), *runs.absolute().parents) if p.exists())
+    try:
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        raise _unwritable(runs, error) from None
+
+
+@contextmanager
+def new(experiment: Experiment, runs: Path, makes: bool) -> Iterator[Path]:
+    """A new folder runs/NAME/TIME-HASH, made by process 0 (`makes`) and told to the others.
+
+    Whatever is raised before `started(folder)` takes the folder away again, and the folders above it that were made
+    for it.
+    """
+    folder = runs / experiment.name / f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{config_hash(experiment)[:8]}"
+    made: list[Path] = []
+    if makes:
+        folder, made = _make(folder)
+    folder = agreed(folder)
+    try:
+        yield folder
+    except BaseException:
+        if made and not (folder / "records.jsonl").exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            for above in made[1:]:
+                if not any(above.iterdir()):
+                    above.rmdir()
+        raise
+
+
+def agreed(folder: Path) -> Path:
+    """The absolute folder that process 0 chose, in every process (a collective where there are several)."""
+    import jax
+
+    folder = folder.absolute()
+    if jax.process_count() == 1:
+        return folder
+    import numpy as np
+    from jax.experimental import multihost_utils
+
+    raw, told = os.fsencode(folder), np.zeros(4096, np.uint8)
+    told[: len(raw)] = np.frombuffer(raw, np.uint8)
+    return Path(os.fsdecode(bytes(np.asarray(multihost_utils.broadcast_one_to_all(told))).rstrip(b"\0")))
+
+
+def check_same(folder: Path, was: dict[str, Any], now: dict[str, Any]) -> None:
+    """Refuse to go on with a run under a config or a corpus that would train other numbers.
+
+    `was` and `now` are what a checkpoint says of its run: "experiment" (as JSON) and "corpus" (a checksum).
+    """
+    changed = [
+        d
+        for d in differences(was.get("experiment", {}), now["experiment"])
+        if d.split(":")[0].split(".")[0] not in FREE
+    ]
+    if changed:
+        raise InputError(
+            f"The run in {folder} was made by another config: {'; '.join(changed)}. Only what does not change the "
+            f"numbers trained may differ on resuming ({', '.join(FREE)}). Undo the change or start a new run."
+        )
+    if was.get("corpus") != now["corpus"]:
+        raise InputError(
+            f"The run in {folder} was trained on a corpus with checksum {was.get('corpus')}, but the data now has "
+            f"{now['corpus']}. Bring the old files back, or start a new run."
+        )
+
+
+def _steps(folder: Path) -> list[int]:
+    checkpoints = folder / "checkpoints"
+    return sealed_steps(checkpoints) if checkpoints.is_dir() else []
+
+
+def _make(folder: Path) -> tuple[Path, list[Path]]:
+    """The folder, with -2, -3 ... where another run began in the same second; what was made, innermost first."""
+    wanted, number = folder, 1
+    above = [p for p in folder.parents if not p.exists()]
+    while True:
+        try:
+            folder.mkdir(parents=True)
+            return folder, [folder, *above]
+        except FileExistsError:
+            if not folder.parent.is_dir():
+                raise _unwritable(folder, NotADirectoryError(20, "a file is in its place")) from None
+            number += 1
+            folder = wanted.with_name(f"{wanted.name}-{number}")
+        except OSError as error:
+            raise _unwritable(folder, error) from None
+
+
+def _unwritable(place: Path, error: OSError) -> InputError:
+    return InputError(
+        f"The run folder {place} cannot be written ({error.strerror}). Make it writable, or give another place with "
+        f"--runs."
+    )

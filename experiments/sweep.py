@@ -1,0 +1,125 @@
+"""A scaling sweep as one frozen value: an experiment, and the device counts and splits it is timed at. No jax here.
+
+`experiments.sweep_run` measures it; `configs/scaling_quick.py` is one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+from experiments.config import Experiment, require
+from experiments.config_file import call, execute
+from sharding.axes import MeshShape
+from sharding.errors import InputError
+from sharding.rule import Rules
+
+
+@dataclass(frozen=True)
+class Point:
+    """One side of a sweep: a way of splitting on the first `devices` devices."""
+
+    mode: Literal["strong", "weak"]
+    """"strong": the global batch is the same at every device count. "weak": the batch of a device is."""
+    split: str
+    """What the figure calls the split; one line of it."""
+    rules: Rules
+    """How arrays are split."""
+    mesh: MeshShape
+    """Mesh over those devices."""
+    devices: int
+    """How many devices."""
+    batch: int
+    """Global rows of a step."""
+
+    def __str__(self) -> str:
+        return f"{self.mode} {self.split} on {self.devices} device{'s' if self.devices > 1 else ''}"
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A scaling sweep: `base` with rules, mesh and batch of each point. Immutable and free of jax."""
+
+    name: str
+    """Names the sweep's folder, runs/NAME/TIME-HASH/."""
+    base: Experiment
+    """Model, data, optimizer, partitioner, seed and devices; the rest comes from the points."""
+    points: tuple[Point, ...]
+    """What is compared; each has its turn in every round."""
+    rounds: int = 3
+    """Turns of every point."""
+    steps: int = 5
+    """Timed updates in a turn; a round's figure is their median."""
+    warmup: int = 1
+    """Untimed updates before them, in every turn: the other points have used the caches since."""
+
+    def __post_init__(self) -> None:
+        require("sweep.", "rounds", self.rounds, 1, "the turns of every point")
+        require("sweep.", "steps", self.steps, 1, "the timed updates of a turn")
+        require("sweep.", "warmup", self.warmup, 0, "the untimed updates of a turn")
+        if not self.points:
+            raise InputError(f"The sweep {self.name!r} has no points. Give it at least one Point.")
+        for point in self.points:
+            self._check(point)
+        named = [str(p) for p in self.points]
+        twice = [n for n in named if named.count(n) > 1]
+        if twice:
+            raise InputError(f"The sweep {self.name!r} has {twice[0]} twice. Drop one of the two points.")
+        for mode, meaning in (("strong", "one global batch"), ("weak", "one batch a device")):
+            sizes = {p.batch / (p.devices if mode == "weak" else 1): p for p in self.points if p.mode == mode}
+            if len(sizes) > 1:
+                told = ", ".join(f"{p.batch} rows for {p}" for p in sizes.values())
+                raise InputError(
+                    f"{mode.capitalize()} scaling means {meaning} at every device count, but there are {told}. "
+                    f"Change the points' batch."
+                )
+
+    def _check(self, point: Point) -> None:
+        if point.mode not in ("strong", "weak"):
+            raise InputError(f'A point has the mode {point.mode!r}; it is "strong" or "weak". Change it.')
+        require(f"{point}: ", "devices", point.devices, 1, "the number of devices")
+        require(f"{point}: ", "batch", point.batch, 1, "the global rows of a step")
+        have = self.base.devices.count
+        if -1 < have < point.devices:
+            raise InputError(
+                f"The point {point} asks for more devices than the {have} {self.base.devices.kind} ones of the sweep's "
+                f"base. Set its devices.count to at least {point.devices}, or leave the point out."
+            )
+        with of(point):
+            point.mesh.resolve(point.devices)
+
+    def experiment(self, point: Point) -> Experiment:
+        """The experiment that a point times: as long as all its turns together."""
+        with of(point):
+            return replace(
+                self.base,
+                name=self.name,
+                rules=point.rules,
+                mesh=point.mesh,
+                batch=point.batch,
+                steps=self.rounds * (self.steps + self.warmup),
+            )
+
+
+@contextlib.contextmanager
+def of(point: Point) -> Iterator[None]:
+    """An `InputError` raised within says which point it speaks of."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"The point {point}: {error}") from error
+
+
+def load(path: Path) -> Sweep:
+    """The sweep that the `config()` of a file returns; `InputError`, one paragraph, for anything else."""
+    value = call(execute(path), "config", path, example="def config() -> Sweep")
+    if isinstance(value, Sweep):
+        return value
+    hint = f" An Experiment is run by `shardlab train {path}`." if isinstance(value, Experiment) else ""
+    raise InputError(
+        f"config() in {path} returns a value of type {type(value).__name__}, but a sweep's config returns a Sweep "
+        f"(`from experiments.sweep import Sweep`), as configs/scaling_quick.py does.{hint}"
+    )

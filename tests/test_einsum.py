@@ -1,0 +1,265 @@
+"""The named einsum: right for any layouts, under both partitioners, with the bytes that its plan states, and the fewest."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sharding import contraction
+from sharding.axes import MeshShape
+from sharding.contraction import Plan, parse
+from sharding.errors import InputError
+from sharding.layout import local_shape
+from sharding.moves import relayout_bytes
+from sharding.ops import einsum
+from sharding.partitioner import Auto, Manual, Partitioner
+from sharding.rule import Rules
+from sharding.rules.data import data
+from sharding.rules.fsdp import fsdp
+from sharding.rules.sequence import sequence
+from sharding.rules.tensor import tensor
+from tests.support import Through, custom, departure, placements
+
+MESH = MeshShape(data=2, fsdp=2, tensor=2)
+AXES = ("data", "fsdp", "tensor")
+PAIR = ("data", "tensor")
+NAMES = ("batch", "length", "embed", "mlp")
+CASE = tuple[str, dict[str, Any], Rules]
+
+
+@st.composite
+def cases(draw: Any, axes: tuple[str, ...] = AXES) -> CASE:
+    """A spec of one or two operands, their arrays (the last may be a parameter) and rules that lay all of them out."""
+    terms = draw(
+        st.lists(st.permutations(NAMES).flatmap(lambda p: st.integers(1, 3).map(lambda n: p[:n])), min_size=1, max_size=2)
+    )
+    every = list(dict.fromkeys(n for t in terms for n in t))
+    result = draw(st.permutations(every))[: draw(st.integers(0, len(every)))]
+    sizes = {n: draw(st.sampled_from([8, 16])) for n in every}
+    words = [" ".join(t) for t in terms]
+    param = words[-1] if len(words) > 1 and draw(st.booleans()) else None
+    random = np.random.default_rng(draw(st.integers(0, 99)))
+    arrays = {f"x{i}": random.normal(size=[sizes[n] for n in t]) for i, t in enumerate(terms)}
+    rules = draw(placements([*words[: 1 if param else 2], " ".join(result)], [param] if param else [], axes))
+    return f"{', '.join(words)} -> {' '.join(result)}", {"arrays": arrays, "param": param is not None}, rules
+
+
+def through(case: CASE, partitioner: Partitioner = Manual()) -> Through:  # noqa: B008
+    spec, drawn, rules = case
+    terms, result = parse(spec)
+    named = {k: (" ".join(t), a) for t, (k, a) in zip(terms, drawn["arrays"].items(), strict=True)}
+    params = {list(named)[-1]: named.pop(list(named)[-1])} if drawn["param"] else {}
+    call = lambda p, x: einsum(spec, *(p[k] if k in p else x[k] for k in drawn["arrays"]))
+    return Through(call, params, named, " ".join(result), rules, MESH, partitioner)
+
+
+def expected(case: CASE) -> dict[str, np.ndarray]:
+    """Value and gradients by numpy alone."""
+    spec, drawn, _ = case
+    terms, result = parse(spec)
+    letter = dict(zip(NAMES, "abcd", strict=True))
+    short, out = ["".join(letter[n] for n in t) for t in terms], "".join(letter[n] for n in result)
+    arrays = list(drawn["arrays"].values())
+    value = np.einsum(f"{','.join(short)}->{out}", *arrays)
+    weigh = np.random.default_rng(1).normal(size=value.shape)
+    grads = {}
+    for i, (key, array) in enumerate(drawn["arrays"].items()):
+        others = [(t, a) for j, (t, a) in enumerate(zip(short, arrays, strict=True)) if j != i]
+        missing = [n for n in short[i] if n not in out and not any(n in t for t, _ in others)]
+        ones = [(n, np.ones(array.shape[short[i].index(n)])) for n in missing]
+        terms_in = [(out, weigh), *others, *ones]
+        grads[key] = np.einsum(f"{','.join(t for t, _ in terms_in)}->{short[i]}", *(a for _, a in terms_in))
+    return {"": value, **grads}
+
+
+def check(case: CASE, partitioner: Partitioner) -> None:
+    with jax.enable_x64(True):
+        found = through(case, partitioner).value_and_gradients()
+    for key, want in expected(case).items():
+        assert departure(found[key], want) < 1e-12, (case[0], key or "value")
+
+
+@settings(max_examples=25)
+@given(case=cases())
+def test_value_and_gradients_for_any_layouts_in_the_manual_region(case: CASE) -> None:
+    check(case, Manual())
+
+
+@settings(max_examples=10)
+@given(case=cases())
+def test_value_and_gradients_for_any_layouts_under_xlas_partitioner(case: CASE) -> None:
+    check(case, Auto())
+
+
+@pytest.mark.slow
+@settings(max_examples=120)
+@given(case=cases(), partitioner=st.sampled_from([Manual(), Manual(), Auto()]))
+def test_value_and_gradients_for_many_layouts(case: CASE, partitioner: Partitioner) -> None:
+    check(case, partitioner)
+
+
+def _lie(made: Through, case: CASE) -> list[Any]:
+    """Layouts of the operands as the contraction finds them: a parameter's is that of its use."""
+    terms, _ = parse(case[0])
+    lies = lambda key, names: made.lies[key].compute if key in made.lies else made.layouts.activation(names)
+    return [lies(key, names).dims for key, names in zip(case[1]["arrays"], terms, strict=True)]
+
+
+def stated(made: Through, case: CASE) -> tuple[Plan, int]:
+    """The plan, and the bytes of bringing a parameter from rest to its use."""
+    spec, drawn, _ = case
+    terms, result = parse(spec)
+    layouts, shapes, rest = _lie(made, case), [], 0
+    for (key, array), lies in zip(drawn["arrays"].items(), layouts, strict=True):
+        shapes.append(local_shape(array.shape, lies, made.sizes))
+        if key in made.lies:
+            at_rest = made.lies[key].param.dims
+            rest = relayout_bytes(4 * math.prod(local_shape(array.shape, at_rest, made.sizes)), at_rest, lies, made.sizes)
+    wanted = made.layouts.activation(result).dims
+    return contraction.plan(spec, tuple(layouts), tuple(shapes), (4,) * len(terms), wanted, made.sizes), rest
+
+
+def single(case: CASE) -> CASE:
+    spec, drawn, rules = case
+    return spec, {**drawn, "arrays": {k: a.astype(np.float32) for k, a in drawn["arrays"].items()}}, rules
+
+
+@settings(max_examples=80)
+@given(case=cases())
+def test_the_plan_states_the_bytes_that_are_traced(case: CASE) -> None:
+    case = single(case)
+    made = through(case)
+    plan, rest = stated(made, case)
+    assert sum(c.bytes for c in made.traced()) == plan.bytes + rest
+
+
+@settings(max_examples=10)
+@given(case=cases(axes=PAIR))
+def test_no_other_plan_with_as_few_products_sends_fewer_bytes(case: CASE) -> None:
+    case = single(case)
+    made = through(case)
+    plan, rest = stated(made, case)
+    terms, result = parse(case[0])
+    arrays = case[1]["arrays"]
+    every = {n: size for k, t in zip(arrays, terms, strict=True) for n, size in zip(t, arrays[k].shape, strict=True)}
+    lying = [*zip(terms, _lie(made, case), strict=True), (result, made.layouts.activation(result).dims)]
+    where = {a: [n for names, dims in lying for n, d in zip(names, dims, strict=True) if a in d] for a in PAIR}
+    tried = 0
+    for choice in itertools.product(*([*dict.fromkeys(where[a]), None] for a in PAIR)):
+        for order in itertools.permutations(PAIR):
+            on = dict(zip(PAIR, choice, strict=True))
+            split = {n: tuple(a for a in order if on[a] == n) for n in every}
+            other = Plan(
+                tuple(tuple(split[n] for n in t) for t in terms),
+                tuple(a for n in every if n not in result for a in split[n]),
+                tuple(split[n] for n in result),
+                0,
+                math.prod(size // 2 ** len(split[n]) for n, size in every.items()),
+            )
+            assert other.products >= plan.products
+            if other.products == plan.products:
+                tried += 1
+                with pytest.MonkeyPatch.context() as patch:
+                    patch.setattr("sharding.ops.plan", lambda *_, other=other: other)
+                    sent = sum(c.bytes for c in through(case).traced())
+                assert sent - rest >= plan.bytes, (other, plan)
+    assert tried
+
+
+def test_an_axis_that_no_name_has_room_for_is_given_up() -> None:
+    # both axes would have to split the same two rows: one operand is gathered and the result is equal again
+    rules = custom(activation=lambda ask: {"batch": "data"} if ask.names == ("batch", "embed") else {})
+    rules |= custom(activation=lambda ask: {"batch": "fsdp"} if ask.names == ("batch", "mlp") else {})
+    random = np.random.default_rng(0)
+    arrays = {"x": random.normal(size=(2, 4)), "y": random.normal(size=(2, 4))}
+    for result in ("embed mlp", "embed mlp batch", "batch mlp", "batch embed", ""):
+        check((f"batch embed, batch mlp -> {result}", {"arrays": arrays, "param": False}, rules), Manual())
+
+
+# What the literature says of known layouts, forward. B L D F are whole sizes; bytes that each device sends in float32.
+
+B, L, D, F, V, N = 8, 16, 8, 32, 64, 2
+COLUMN = "batch length embed, embed mlp -> batch length mlp"
+ROW = "batch length mlp, mlp embed -> batch length embed"
+TOKENS = 4 * B * L * D // 4  # of one of the 4 devices that share the batch (data x fsdp)
+
+
+def _traced(rules: Rules, spec: str) -> list[tuple[str, tuple[str, ...], int]]:
+    sizes = {"batch": B, "length": L, "embed": D, "mlp": F, "vocab": V}
+    terms, result = parse(spec)
+    x, w = (np.zeros([sizes[n] for n in t], np.float32) for t in terms)
+    call = lambda p, i: einsum(spec, i["x"], p["w"])
+    made = Through(call, {"w": (" ".join(terms[1]), w)}, {"x": (" ".join(terms[0]), x)}, " ".join(result), rules, MESH)
+    return [(c.kind, c.axes, c.bytes) for c in made.traced()]
+
+
+def test_known_layouts_send_what_the_literature_says() -> None:
+    both = data() | fsdp("fsdp") | tensor()
+    gathered = ("all-gather", ("fsdp",), 4 * D * F // 2 // 2 * (2 - 1))  # w: split by tensor, and by fsdp at rest
+    reduced = ("all-reduce", ("tensor",), 2 * TOKENS * (N - 1) // N)
+    assert _traced(data(), COLUMN) == []
+    assert _traced(data() | tensor(), COLUMN) == []
+    assert _traced(both, COLUMN) == [gathered]
+    assert _traced(both, ROW) == [gathered, reduced]
+    # sequence parallelism: an all-gather before the columns and a reduce-scatter after the rows, half an all-reduce each
+    assert _traced(both | sequence(), COLUMN) == [gathered, ("all-gather", ("tensor",), TOKENS // N * (N - 1))]
+    assert _traced(both | sequence(), ROW) == [gathered, ("reduce-scatter", ("tensor",), TOKENS * (N - 1) // N)]
+    # the vocabulary is split: logits are produced where they lie
+    vocab = "batch length embed, embed vocab -> batch length vocab"
+    assert _traced(data() | tensor(), vocab) == []
+    assert _traced(data() | tensor() | sequence(), vocab) == [("all-gather", ("tensor",), 2 * TOKENS // N * (N - 1))]
+
+
+def test_a_global_sum_is_one_all_reduce_of_a_number() -> None:
+    call = lambda p, i: einsum("batch length ->", i["x"])
+    rules = data() | fsdp() | sequence()
+    made = Through(call, {}, {"x": ("batch length", np.ones((8, 8), np.float32))}, "", rules, MESH)
+    assert [(c.kind, sorted(c.axes), c.bytes) for c in made.traced()] == [("all-reduce", sorted(AXES), 2 * 4 * 7 // 8)]
+    assert made.value() == 64.0
+
+
+REFUSED = {
+    "batch embed, embed mlp": ("an arrow",),
+    "a, b, c -> a": ("one or two operands",),
+    "batch batch -> batch": ("repeats a name",),
+    "batch embed -> batch mlp": ("'mlp' is in no operand",),
+}
+
+
+@pytest.mark.parametrize("spec", REFUSED)
+def test_a_malformed_text_is_refused(spec: str) -> None:
+    with pytest.raises(InputError) as caught:
+        einsum(spec, np.zeros((2, 2)), np.zeros((2, 2)))
+    assert all(word in str(caught.value) for word in REFUSED[spec])
+    assert repr(spec) in str(caught.value)
+
+
+def test_operands_that_are_not_what_the_text_says_are_refused() -> None:
+    x, w = np.zeros((8, 8), np.float32), ("embed mlp", np.zeros((8, 16), np.float32))
+    made = lambda spec, *more: Through(
+        lambda p, i: einsum(spec, i["x"], p["w"], *more), {"w": w}, {"x": ("batch embed", x)}, "batch mlp", data(), MESH
+    )
+    with pytest.raises(InputError, match="2 operands but got 3"):
+        made("batch embed, embed mlp -> batch mlp", x).traced()
+    with pytest.raises(InputError, match=r"names a parameter's dims 'embed vocab', but w was declared as 'embed mlp'"):
+        made("batch embed, embed vocab -> batch vocab").traced()
+    with pytest.raises(InputError, match="3 names but 2 dims"):
+        made("batch length embed, embed mlp -> batch mlp").traced()
+    with pytest.raises(InputError, match="'mlp' is 8 in one operand and 16 in the other"):
+        made("batch mlp, embed mlp -> batch embed").traced()
+
+
+def test_a_result_that_does_not_divide_is_refused() -> None:
+    x = np.zeros((8, 8), np.float32)
+    call = lambda p, i: einsum("batch embed, embed mlp -> batch mlp", i["x"], p["w"])
+    w = ("embed mlp", np.zeros((8, 7), np.float32))
+    rules = data() | custom(activation={"mlp": "tensor"})
+    with pytest.raises(InputError, match="does not divide"):
+        Through(call, {"w": w}, {"x": ("batch embed", x)}, "batch mlp", rules, MESH).traced()

@@ -1,0 +1,290 @@
+"""`shardlab train` whole, on the shrunk quickstart: what it writes, that it can be run again, how it goes on."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from experiments.checkpoint_folder import sealed_steps
+from experiments.records import read
+from tests.small import arrays, losses, only, place, shardlab, start, steps, until
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A working directory with the small config."""
+    folder = tmp_path_factory.mktemp("home")
+    place(folder)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _at_home(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(home)
+
+
+@pytest.fixture(scope="module")
+def whole(home: Path) -> tuple[Path, str]:
+    """A run of all 8 steps, never stopped, by a process of its own; its folder and what it printed."""
+    process = start(home, "train", "small.py", "--runs", "whole", "--json", "out/result.json")
+    said, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, said
+    return only(home / "whole"), said
+
+
+def test_a_run_leaves_valid_records_that_fall(whole: tuple[Path, str]):
+    run, _ = whole
+    records = read(run / "records.jsonl")
+    trained = losses(run)
+    assert list(trained) == list(range(1, 9))
+    assert trained[8] < trained[1] - 0.5
+    header = records[0].header
+    assert header.mesh == {"data": 2, "fsdp": 2, "tensor": 2}
+    assert header.device["kind"] == "pretend cpu" and header.device["count"] == 8
+    assert header.details["data"]["sha256"]
+    assert {r.provenance for r in records} == {"measured"}
+
+
+def test_evaluation_is_in_bits_per_byte_beside_unigram_and_xz(whole: tuple[Path, str]):
+    run, said = whole
+    evals = {r.step: r.values for r in read(run / "records.jsonl") if r.kind == "eval"}
+    assert list(evals) == [4, 8]
+    for values in evals.values():
+        assert values["bits_per_byte"] == pytest.approx(values["loss"] / math.log(2))
+    facts = read(run / "records.jsonl")[0].header.details["data"]
+    line = next(line for line in said.splitlines() if line.startswith("held out after 8"))
+    for number in (
+        evals[8]["bits_per_byte"],
+        facts["unigram_bits_per_byte"],
+        facts["xz_bits_per_byte"],
+    ):
+        assert f"{number:.3f}" in line
+
+
+def test_a_run_prints_one_line_a_step_and_where_arrays_lie(whole: tuple[Path, str]):
+    _, said = whole
+    lines = [line for line in said.splitlines() if line.startswith("step ")]
+    assert len(lines) == 8
+    for part in ("loss ", "tok/s", "ms/step", "mfu n/a", "rss ", "eta "):
+        assert part in lines[1]
+    assert "tok/s" not in lines[0], "the first step compiles: it has no honest time"
+    assert "sharding/rules/tensor.py:" in said and "layers embed/fsdp² kv_heads/tensor³ head_dim" in said
+    assert "\x1b" not in said, "escape codes in a pipe"
+
+
+def test_sample_report_and_pictures_stand(whole: tuple[Path, str], home: Path):
+    run, said = whole
+    text = (run / "sample.txt").read_text()
+    assert text.startswith("def ") and len(text) > len("def ")
+    assert text.splitlines()[0] in said
+    page = (run / "report.html").read_text()
+    assert 'src="loss.svg"' in page and "unigram" in page
+    assert (run / "loss.svg").read_text().lstrip().startswith("<?xml")
+    assert (run / "loss.png").read_bytes().startswith(b"\x89PNG")
+    result = json.loads((home / "out" / "result.json").read_text())
+    assert result["step"] == 8 and result["stopped"] == "" and result["loss"] == losses(run)[8]
+
+
+def test_the_runs_own_config_gives_the_same_losses(
+    whole: tuple[Path, str], capsys: pytest.CaptureFixture[str]
+):
+    run, _ = whole
+    assert shardlab("train", run / "config.py", "--runs", "again") == 0
+    assert losses(only(Path("again"))) == losses(run)
+    assert "run folder again/small/" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGKILL, -9)]
+)
+def test_a_stopped_run_goes_on_bit_for_bit(
+    whole: tuple[Path, str], home: Path, number: signal.Signals, code: int
+):
+    run, _ = whole
+    runs = f"stopped-{number.name}"
+    process = start(home, "train", "small.py", "--runs", runs, SLOW=0.4)
+    until(process, "step 6/8" if number is signal.SIGKILL else "step 2/8")
+    process.send_signal(number)
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == code, said
+    mine = only(home / runs)
+    saved = max(sealed_steps(mine / "checkpoints"))
+    assert saved == 4 if number is signal.SIGKILL else 2 <= saved < 8
+    if number is not signal.SIGKILL:
+        assert f"stopped by {number.name} after step {saved}" in said
+        assert f"shardlab train {runs}/small/{mine.name}/config.py --resume" in said
+    assert shardlab("train", mine / "config.py", "--resume", mine) == 0
+    assert losses(mine) == losses(run), "records of both parts together are the uninterrupted run's"
+    uninterrupted, resumed = arrays(run, 8), arrays(mine, 8)
+    assert list(resumed) == list(uninterrupted)
+    for name, array in uninterrupted.items():
+        np.testing.assert_array_equal(resumed[name], array, err_msg=name)
+
+
+def _copy(run: Path, name: str, only_step: int | None = None) -> Path:
+    folder = Path(name) / "small" / run.name
+    shutil.copytree(run, folder)
+    if only_step is not None:
+        for step in sealed_steps(folder / "checkpoints"):
+            if step != only_step:
+                shutil.rmtree(folder / "checkpoints" / str(step))
+    return folder
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        ("--mesh.data", 8, "--mesh.fsdp", 1, "--mesh.tensor", 1, "--rules", "data"),
+        ("--mesh.data", 1, "--mesh.fsdp", 4, "--rules", "data | fsdp | tensor | sequence"),
+        ("--partitioner", "auto"),
+    ],
+    ids=["data", "sequence", "auto"],
+)
+def test_a_run_goes_on_on_another_mesh(
+    whole: tuple[Path, str], change: tuple[object, ...], request: pytest.FixtureRequest
+):
+    run, _ = whole
+    mine = _copy(run, f"other-{request.node.callspec.id}", only_step=4)
+    if "data" == request.node.callspec.id:  # a rule less: fsdp would stand idle
+        change = tuple(change)
+    assert shardlab("train", "small.py", "--runs", mine.parent.parent, "--resume", "latest", *change) == 0
+    here, there = losses(mine), losses(run)
+    assert list(here) == list(there)
+    np.testing.assert_allclose([here[s] for s in range(5, 9)], [there[s] for s in range(5, 9)], rtol=2e-5)
+    assert steps(mine)[8].header.mesh != {} and steps(mine)[8].header.resumed_step == 4
+
+
+def test_latest_is_the_newest_run_that_has_a_checkpoint(whole: tuple[Path, str]):
+    run, _ = whole
+    old = _copy(run, "several", only_step=4)
+    newest = old.with_name("99991231-000000-00000000")
+    (newest / "checkpoints").mkdir(parents=True)
+    assert shardlab("train", "small.py", "--runs", "several", "--resume", "latest") == 0
+    assert max(sealed_steps(old / "checkpoints")) == 8
+    assert not any((newest / "checkpoints").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ((), "is finished: 8 of 8"),
+        (("--seed", 1), "seed: recorded 0, now 1"),
+        (("--model.embed", 64), "model.embed: recorded 32, now 64"),
+        (("--steps", 12), "steps: recorded 8, now 12"),
+        (("--data.path", "changed"), "data.path: recorded"),
+    ],
+    ids=["finished", "seed", "model", "steps", "data"],
+)
+def test_what_cannot_be_resumed_is_said_and_nothing_is_lost(
+    whole: tuple[Path, str], change: tuple[object, ...], says: str, capsys: pytest.CaptureFixture[str]
+):
+    run, _ = whole
+    if not Path("changed").exists():
+        shutil.copytree("corpus", "changed")
+    before = {p: p.read_bytes() for p in run.rglob("*") if p.is_file()}
+    assert shardlab("train", "small.py", "--resume", run, *change) == 2
+    assert says in capsys.readouterr().err
+    assert {p: p.read_bytes() for p in run.rglob("*") if p.is_file()} == before
+
+
+def test_a_changed_corpus_is_found_by_its_checksum(
+    whole: tuple[Path, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+):
+    run, _ = whole
+    place(tmp_path)
+    with open(tmp_path / "corpus" / "decoder.py", "a") as file:
+        file.write("# one more line\n")
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(run, "run")
+    for step in (8,):
+        shutil.rmtree(f"run/checkpoints/{step}")
+    assert shardlab("train", "small.py", "--resume", "run") == 2
+    assert "corpus with checksum" in capsys.readouterr().err
+    assert sealed_steps("run/checkpoints") == [4]
+
+
+def test_another_models_checkpoint_without_its_config_is_refused(
+    whole: tuple[Path, str], capsys: pytest.CaptureFixture[str]
+):
+    """Even where nothing says which config made it: the arrays themselves do."""
+    run, _ = whole
+    mine = _copy(run, "foreign", only_step=4)
+    meta = mine / "checkpoints" / "4" / "meta" / "metadata"
+    told = json.loads(meta.read_text())
+    told["experiment"]["model"]["mlp"] = 128
+    changed = json.dumps(told)
+    meta.write_text(changed)
+    seal = mine / "checkpoints" / "4" / "sealed.json"
+    sealed = json.loads(seal.read_text())
+    sealed["files"]["meta/metadata"]["size"] = len(changed)
+    seal.write_text(json.dumps(sealed))
+    assert shardlab("train", "small.py", "--resume", mine, "--model.mlp", 128) == 2
+    assert "is of another model" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("where", "says"),
+    [("nowhere", "not there"), ("small.py", "a file"), ("corpus", "no complete checkpoint")],
+)
+def test_a_folder_without_a_run_is_said(where: str, says: str, capsys: pytest.CaptureFixture[str]):
+    there = Path(where).exists()
+    assert shardlab("train", "small.py", "--resume", where) == 2
+    assert says in capsys.readouterr().err
+    assert Path(where).exists() == there and not (Path(where) / "checkpoints").exists()
+
+
+def test_latest_without_any_run_is_said(capsys: pytest.CaptureFixture[str]):
+    assert shardlab("train", "small.py", "--runs", "none-yet", "--resume", "latest") == 2
+    assert "no run with a checkpoint" in capsys.readouterr().err
+    assert not Path("none-yet").exists()
+
+
+def test_a_second_ctrl_c_leaves_at_once(home: Path):
+    process = start(home, "train", "small.py", "--runs", "impatient", "--evaluate.every", 0, SLOW=5)
+    until(process, "step 1/8")  # step 2 waits for its data now
+    process.send_signal(signal.SIGINT)
+    until(process, "Ctrl-C again")
+    process.send_signal(signal.SIGINT)
+    said, _ = process.communicate(timeout=15)
+    assert process.returncode == 130
+    assert "interrupted" in said and "Traceback" not in said
+    assert sealed_steps(only(home / "impatient") / "checkpoints") == []
+
+
+def test_a_loss_that_is_not_finite_is_shown_and_recorded(capsys: pytest.CaptureFixture[str]):
+    words = ("--optimizer.peak", "1e30", "--optimizer.warmup", 0, "--steps", 3, "--sample.tokens", 0)
+    assert shardlab("train", "small.py", "--runs", "nan", *words) == 0
+    recorded = losses(only(Path("nan")))
+    assert math.isfinite(recorded[1]) and not math.isfinite(recorded[3])
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step 3/3")]
+    assert "NOT FINITE" in lines[0]
+
+
+def test_two_runs_of_one_second_have_two_folders(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    words = ("--steps", 1, "--sample.tokens", 0, "--runs", "twins")
+    assert shardlab("train", "small.py", *words) == 0
+    first = only(Path("twins"))
+    from experiments import run_folder
+
+    class Clock:
+        @staticmethod
+        def now(zone: object):
+            from datetime import datetime
+
+            return datetime.strptime(first.name[:15], "%Y%m%d-%H%M%S")  # noqa: DTZ007 (a name, not an instant)
+
+    monkeypatch.setattr(run_folder, "datetime", Clock)
+    assert shardlab("train", "small.py", *words) == 0
+    assert sorted(p.name for p in first.parent.iterdir()) == [first.name, f"{first.name}-2"]
+    assert capsys.readouterr().out.count("step 1/1") == 2
