@@ -55,8 +55,8 @@ format: $(DEV) ## let ruff rewrite what it can
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: $(DEV) ## our step against the hand-written one and, where it is installed, PyTorch
-	$(BIN)/python benchmarks/compare.py
+bench: $(DEV) ## our step against the hand-written one; TORCH=PYTHON also against PyTorch there
+	$(BIN)/python benchmarks/compare.py $(if $(TORCH),--torch $(TORCH))
 
 pins: ## resolve requirements/*.txt anew, with uv
 	$(PIN) --upgrade --extra dev -o requirements/dev.txt

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -57,6 +58,8 @@ def experiment(split: str, sizes: Sizes) -> Any:
         "data": (data(), MeshShape(data=8)),
         "fsdp": (fsdp(), MeshShape(fsdp=8)),
         "tensor": (data() | tensor(), MeshShape(data=2, tensor=4)),
+        "data2": (data(), MeshShape(data=2)),
+        "fsdp2": (fsdp(), MeshShape(fsdp=2)),
     }
     rules, mesh = splits[split]
     shared = ("vocab", "layers", "embed", "heads", "kv_heads", "head_dim", "mlp", "length")
@@ -66,7 +69,7 @@ def experiment(split: str, sizes: Sizes) -> Any:
         model=TransformerConfig(**{name: getattr(sizes, name) for name in shared}),
         rules=rules,
         mesh=mesh,
-        devices=Devices("pretend", 1 if split == "one" else 8),
+        devices=Devices("pretend", math.prod(mesh.sizes().values())),
         batch=sizes.batch,
         steps=sizes.steps,
     )
@@ -170,16 +173,49 @@ def _until(words: list[str], said: str) -> float:
     raise SystemExit(f"{' '.join(words)} ended with {program.returncode} and never said {said!r}")
 
 
-def torch_ratios(python: str) -> list[dict[str, Any]]:
-    """PyTorch's own figures for the same work: one device, DDP and FSDP2 on two processes."""
+TORCH = {"eager": "one", "ddp": "data2", "fsdp": "fsdp2"}
+"""PyTorch's mode -> shardlab's split of the same work: its two processes stand against two pretend devices."""
+
+
+def torch_ratios(python: str, rounds: int, steps: int = 8) -> list[dict[str, Any]]:
+    """Per mode: medians of both programs, each timed `rounds` times in turn, `steps` steps a time after a warm-up."""
     found = []
-    for mode in ("eager", "ddp", "fsdp"):
-        words = [python, str(HERE / "torch_reference.py"), "--mode", mode, "--steps", "10"]
-        done = subprocess.run(words, capture_output=True, text=True, check=False)
-        if done.returncode:
-            raise SystemExit(f"{' '.join(words)} failed:\n{done.stderr[-2000:]}")
-        found.append(json.loads(done.stdout.strip().splitlines()[-1]))
+    for mode, split in TORCH.items():
+        compiled, state, batch = build_ours(split, Sizes())
+        seconds: dict[str, list[float]] = {"torch": [], "shardlab": []}
+        losses: list[float] = []
+        for _ in range(rounds):
+            other = _torch(python, mode, steps)
+            seconds["torch"].append(other["median_step_s"])
+            turn = []
+            for _ in range(steps + 1):
+                began = time.perf_counter()
+                state, out = compiled(state, batch)
+                losses.append(float(out["loss"]))
+                turn.append(time.perf_counter() - began)
+            seconds["shardlab"].append(statistics.median(turn[1:]))
+        medians = {name: statistics.median(s) for name, s in seconds.items()}
+        apart = max(abs(a / b - 1) for a, b in zip(losses, other["losses"], strict=False))
+        found.append(
+            {
+                "mode": mode,
+                "split": split,
+                "time_ratio": medians["shardlab"] / medians["torch"],
+                "median_seconds": medians,
+                "all_seconds": seconds,
+                "loss_difference": apart,
+                "load": os.getloadavg()[0],
+            }
+        )
     return found
+
+
+def _torch(python: str, mode: str, steps: int) -> dict[str, Any]:
+    words = [python, str(HERE / "torch_reference.py"), "--mode", mode, "--steps", str(steps)]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(words)} failed:\n{done.stderr[-2000:]}")
+    return json.loads(done.stdout.strip().splitlines()[-1])
 
 
 def main() -> int:
@@ -230,9 +266,14 @@ def main() -> int:
         )
         over += [f"start-up ratio {s['ratio']:.2f} > {START_LIMIT}"] * (s["ratio"] > START_LIMIT)
     if asked.torch:
-        document["torch"] = torch_ratios(asked.torch)
-        for row in document["torch"]:
-            print(json.dumps(row))
+        document["torch"] = torch_ratios(asked.torch, rounds=3)
+        for r in document["torch"]:
+            ours, theirs = r["median_seconds"]["shardlab"], r["median_seconds"]["torch"]
+            print(
+                f"torch {r['mode']:6} {r['time_ratio']:.3f} x its step: {ours * 1e3:.0f} ms ({r['split']}) against "
+                f"{theirs * 1e3:.0f} ms, losses apart {r['loss_difference']:.1e}, load {r['load']:.1f}",
+                flush=True,
+            )
     if asked.json:
         asked.json.write_text(json.dumps(document, indent=1) + "\n")
     for line in over:

@@ -21,7 +21,7 @@ def main() -> int:
     quickstart = Path(__file__).resolve().parent.parent / "configs" / "quickstart.py"
     with tempfile.TemporaryDirectory() as folder:
         assemble.CACHE = Path(folder)
-        return cli.main(["train", str(quickstart), *OVERRIDES, "--rules", "Rules()", "--runs", folder])
+        return cli.main(["train", str(quickstart), *OVERRIDES, "--rules", "data", "--runs", folder])
 
 
 if __name__ == "__main__":

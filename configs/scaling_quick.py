@@ -3,8 +3,10 @@
 Claim:    split by data, fsdp or tensor, one training step computes the same numbers; on devices that share the same
           cores it costs what the splitting costs, and nothing gets faster.
 Command:  shardlab sweep configs/scaling_quick.py
-Cost:     under 4 minutes on 2 CPU cores (expected, to be measured)
-Result:   a table, a figure and records of each round (expected result to be measured)
+Cost:     3 minutes on 2 CPU cores that had other work as well, 2 of them compiling (measured)
+Result:   losses of points with one batch agree to 5e-7 of their size at every update. In the third round of the
+          committed records, in which the step had the cores nearly to itself (1.7 to 1.9 of 2 busy), strong efficiency
+          at 2, 4, 8 devices is 100, 103, 93 % for data, 101, 94, 75 % for fsdp and 85, 75, 56 % for tensor (measured)
 """
 
 from __future__ import annotations

@@ -32,6 +32,7 @@ def start(devices: Devices, processes: Processes | None = None) -> list[jax.Devi
     when more are asked for than are present, or when a backend with other devices has been started before.
     """
     processes = processes or Processes()
+    _check(processes, devices)
     import jax
 
     if devices.kind == "pretend":
@@ -46,7 +47,39 @@ def start(devices: Devices, processes: Processes | None = None) -> list[jax.Devi
             f"{jax.process_count()} processes). Set devices.count to {len(found)} or -1 (all), or devices.kind to "
             f'"pretend" to share the CPU among {count} pretend devices.'
         )
+    if jax.process_count() > 1 and count != len(found):
+        raise InputError(
+            f"The config asks for {count} of the {len(found)} devices of {jax.process_count()} processes, but every process "
+            f"takes part with all that it has. Set devices.count to {len(found)} or -1, or start fewer processes."
+        )
     return found[:count]
+
+
+def _check(p: Processes, devices: Devices) -> None:
+    """Refuse a place among processes that cannot be."""
+    if p.coordinator == "auto" and p.count < 2 and devices.kind == "pretend":
+        raise InputError(
+            "Pretend devices are split over the processes before these find each other, so their number must be given: "
+            "add --processes.count N (1 process needs no processes.coordinator)."
+        )
+    if not p.coordinator and p != Processes():
+        raise InputError(
+            f"There are to be {p.count} processes (this one {p.index}), but no processes.coordinator says where they meet. "
+            f"Give every process --processes.coordinator HOST:PORT of process 0, or auto under a launcher that jax knows."
+        )
+    if not p.coordinator or p.coordinator == "auto":
+        return
+    host, _, port = p.coordinator.rpartition(":")
+    if not host or not port.isdecimal():
+        raise InputError(
+            f"processes.coordinator is {p.coordinator!r}, but it is the host:port at which process 0 listens, such as "
+            f"127.0.0.1:9876, or auto. Change it."
+        )
+    if p.count < 1 or not 0 <= p.index < p.count:
+        raise InputError(
+            f"This is process {p.index} of {p.count}, but the processes are numbered from 0 to {p.count - 1}. Change "
+            f"processes.index or processes.count."
+        )
 
 
 def _pretend(count: int, processes: int) -> None:

@@ -34,21 +34,23 @@ def held_out(step: TrainStep, params: Any, dataset: Dataset, rows: int, batches:
     return means
 
 
-def sample(
-    step: TrainStep, params: Any, dataset: Dataset, ask: Sample, rows: int, length: int, seed: int
-) -> str:
+def sample(step: TrainStep, params: Any, dataset: Dataset, ask: Sample, length: int, seed: int) -> str:
     """The prompt and `ask.tokens` tokens drawn after it, as text.
 
-    The whole window is computed anew for each token, at the shapes and on the mesh of training, so every split that
-    trains can also write; the same text is written in every row, and row 0 is returned.
+    The whole window of `length` tokens is computed anew for each token, on the mesh of training and with as few rows as
+    it splits the batch into, so every split that trains can also write. All rows hold the same text; row 0 is read.
     """
     import jax
     import jax.numpy as jnp
+    import numpy as np
+    from jax.sharding import NamedSharding, PartitionSpec
 
     ids = dataset.encode(ask.prompt) or [0]
     sharding = step.batch_shardings()["tokens"]
+    rows = math.prod(step.split.layouts.sizes[axis] for axis in step.inputs["tokens"].dims[0])
+    whole = NamedSharding(sharding.mesh, PartitionSpec())
 
-    @functools.partial(jax.jit, out_shardings=None)
+    @functools.partial(jax.jit, out_shardings=whole)
     def next_token(params: Any, tokens: jax.Array, at: jax.Array, key: jax.Array) -> jax.Array:
         logits = step.forward(params, "logits", "batch length vocab", (tokens, "batch length"))
         row = jax.lax.dynamic_index_in_dim(logits[0], at, axis=0, keepdims=False).astype(jnp.float32)
@@ -57,8 +59,6 @@ def sample(
         return jax.random.categorical(key, row / ask.temperature)
 
     key = jax.random.key(seed)
-    import numpy as np
-
     for i in range(ask.tokens):
         window = ids[-length:]
         padded = np.zeros((rows, length), np.int32)

@@ -32,6 +32,8 @@ def parse_rules(text: str, base: Path | None = None) -> Rules:
     The expression is parsed, never evaluated: names, `|`, and calls with literal arguments. A FILE.py (looked up from
     the folder `base`) has `def rules() -> Rules`. `InputError` names the word that is wrong and what there is.
     """
+    if text.strip() == repr(Rules()):  # the expression of an empty chain
+        return Rules()
     if text.strip().endswith(".py"):
         path = (base or Path()) / text.strip()
         value = call(execute(path), "rules", path, example="def rules() -> Rules")

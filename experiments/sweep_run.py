@@ -53,6 +53,8 @@ class Side:
     losses: list[float] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
     """Seconds of a step, the median of each finished round."""
+    busy: list[float] = field(default_factory=list)
+    """CPU cores that the process kept busy during the timed steps of each finished round."""
 
     def rate(self) -> float:
         """Tokens a second, the median over finished rounds."""
@@ -146,15 +148,21 @@ def measure(
                 return Measured(sides, rounds, stopped, difference)
         differences = disagreements(sides)
         difference, rounds = max(differences.values()), at + 1
-        for side, seconds in zip(sides, times, strict=True):
-            side.seconds.append(median(seconds))
-            records.write("sweep", "measured", _values(side, seconds, at, differences[side.point.batch]))
-        show.line(f"round {at + 1}/{sweep.rounds}: {sum(map(sum, times)):.1f} s in timed steps", "dim")
+        for side, turn in zip(sides, times, strict=True):
+            wall, cpu = zip(*turn, strict=True)
+            side.seconds.append(median(wall))
+            side.busy.append(sum(cpu) / sum(wall))
+            records.write("sweep", "measured", _values(side, wall, at, differences[side.point.batch]))
+        timed = sum(wall for turn in times for wall, _ in turn)
+        show.line(f"round {at + 1}/{sweep.rounds}: {timed:.1f} s in timed steps", "dim")
     return Measured(sides, rounds, "", difference)
 
 
-def _turn(side: Side, dataset: Dataset, updates: int) -> list[float]:
-    """Seconds of each of so many updates, from the call until the new state is there; batches are made beforehand."""
+def _turn(side: Side, dataset: Dataset, updates: int) -> list[tuple[float, float]]:
+    """(seconds, CPU seconds of all threads) of each of so many updates, from the call until the new state is there.
+
+    Batches are made before the clock starts.
+    """
     import jax
 
     from experiments.feed import global_batch
@@ -163,9 +171,9 @@ def _turn(side: Side, dataset: Dataset, updates: int) -> list[float]:
     seconds = []
     for at in range(done, done + updates):
         batch = jax.block_until_ready(global_batch(dataset, "train", e.seed, at, e.batch, shardings))
-        began = time.perf_counter()
+        began, cpu = time.perf_counter(), time.process_time()
         side.state, metrics = jax.block_until_ready(side.compiled(side.state, batch))
-        seconds.append(time.perf_counter() - began)
+        seconds.append((time.perf_counter() - began, time.process_time() - cpu))
         side.losses.append(float(metrics["loss"]))
     return seconds
 
@@ -193,7 +201,7 @@ def disagreements(sides: Sequence[Side]) -> dict[int, float]:
     return found
 
 
-def _values(side: Side, seconds: list[float], at: int, difference: float) -> dict[str, Any]:
+def _values(side: Side, seconds: Sequence[float], at: int, difference: float) -> dict[str, Any]:
     """One point in one round, as `docs/records.md` describes a record of kind "sweep", and what else is known of it."""
     point = side.point
     return {
@@ -207,6 +215,7 @@ def _values(side: Side, seconds: list[float], at: int, difference: float) -> dic
         "round": at + 1,
         "steps_timed": len(seconds),
         "step_seconds_range": [min(seconds), max(seconds)],
+        "cores_busy": side.busy[-1],
         "compile_seconds": side.compile_seconds,
         "rules": repr(point.rules),
         "mesh": {a: n for a, n in side.step.split.layouts.sizes.items() if n > 1},
@@ -264,5 +273,6 @@ def rows(measured: Measured, shared_cores: bool) -> Iterator[dict[str, Any]]:
             "step_seconds_range": [min(side.seconds), max(side.seconds)],
             "tokens_per_second": side.rate(),
             "efficiency": side.rate() / ideal,
+            "cores_busy": median(side.busy),
             "compile_seconds": side.compile_seconds,
         }

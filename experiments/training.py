@@ -239,7 +239,7 @@ def _write_sample(run: Run, params: Any, folder: Path, events: Events, show: Pro
 
     with events.timed("sample"):
         e, length = run.experiment, run.step.abstract_batch(run.experiment.batch)["tokens"].shape[1]
-        text = sample(run.step, params, run.dataset, e.sample, e.batch, length, e.seed)
+        text = sample(run.step, params, run.dataset, e.sample, length, e.seed)
     if run.first:
         show.line("sample:", "bold")
         show.line(text)

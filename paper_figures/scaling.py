@@ -9,7 +9,7 @@ Records: kind "sweep", measured: one for each mode, split and device count, with
 Reproduce:
     shardlab sweep configs/scaling_quick.py
     mkdir -p paper_figures/records/scaling
-    cp runs/scaling_quick/*/records.jsonl paper_figures/records/scaling/scaling_quick.jsonl
+    cp "$(ls -d runs/scaling_quick/* | tail -n 1)/records.jsonl" paper_figures/records/scaling/scaling_quick.jsonl
     shardlab figures scaling
 """
 

@@ -14,7 +14,7 @@ from sharding.errors import InputError
 from sharding.params import bind, values
 from sharding.partitioner import Manual
 from sharding.region import current
-from sharding.relayout import drops_gathered
+from sharding.relayout import drops_gathered, varying
 
 Remat = Literal["none", "dots", "full"]
 Loop = Literal["auto", "scan", "unroll"]
@@ -31,7 +31,7 @@ def layers(block: nnx.Module, x: Array, remat: Remat = "none", loop: Loop = "aut
     the region's partitioner says `Manual(gathered="regather")`. loop: "scan" compiles one layer, "unroll" all of them,
     "auto" unrolls few layers on CPU.
     """
-    stacked = values(block)
+    stacked = _whole_stack(block, x)
     depth = next(iter(stacked.values())).shape[0]
     region = current()
     cpu = region is None or region.platform == "cpu"
@@ -45,6 +45,24 @@ def layers(block: nnx.Module, x: Array, remat: Remat = "none", loop: Loop = "aut
     for at in range(depth):
         x = body(x, {path: lax.squeeze(part[at], (0,)) for path, part in parts.items()})
     return x
+
+
+def _whole_stack(block: nnx.Module, x: Array) -> dict[str, Array]:
+    """The block's arrays with every layer on every device: a stack split at rest is gathered before the loop."""
+    region, stacked = current(), values(block)
+    if region is None or not region.manual:
+        return stacked
+    for keys, variable in nnx.to_flat_state(nnx.state(block, nnx.Param)):
+        path, lies = ".".join(map(str, keys)), region.param(variable)
+        if lies.compute.dims[0]:
+            raise InputError(
+                f"{variable.path}: a rule splits {lies.compute.names[0]} over {' x '.join(lies.compute.dims[0])} in use, but "
+                f"every device runs every layer. Split the stack at rest (role param), or another dim."
+            )
+        rest = lies.param.dims
+        if rest[0]:
+            stacked[path] = region.move(stacked[path], rest, ((), *rest[1:]), varying(x) & frozenset(rest[0]))
+    return stacked
 
 
 def _remat(

@@ -15,7 +15,7 @@ from jax import Array, lax
 from sharding.contraction import parse, plan
 from sharding.errors import InputError
 from sharding.layout import Dims
-from sharding.region import Region, current, names_of, tap, value
+from sharding.region import Region, current, names_of, tap, value, wide
 from sharding.relayout import finish, vary, varying
 
 Operand = Array | nnx.Param
@@ -105,10 +105,10 @@ def rms_norm(x: Array, scale: Operand, names: str, eps: float = 1e-6) -> Array:
 
     @jax.checkpoint
     def norm(x: Array, weight: Array) -> Array:
-        x32 = x.astype(jnp.float32)
+        x32 = wide(x)
         mean = jnp.mean(jnp.square(x32), axis=-1, keepdims=True)
         mean = lax.pmean(mean, split) if split else mean
-        along = weight.astype(jnp.float32).reshape((1,) * (x.ndim - 1) + (-1,))
+        along = wide(weight).reshape((1,) * (x.ndim - 1) + (-1,))
         return (x32 * lax.rsqrt(mean + eps) * along).astype(x.dtype)
 
     return tap("rms_norm", words, _settle(region, norm(x, weight), words))
@@ -123,7 +123,7 @@ def cross_entropy(logits: Array, labels: Array, names: str) -> Array:
     words = tuple(names.split())
     kept = words[:-1]
     region = current()
-    z, classes, dims = logits.astype(jnp.float32), (), ()
+    z, classes, dims = wide(logits), (), ()
     if region is not None and region.manual:
         dims = region.dims(words)
         classes = dims[-1]

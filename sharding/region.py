@@ -132,6 +132,11 @@ def value(x: Array | nnx.Param, dtype: jnp.dtype | None = None) -> Array:
     return cast() if region is None else region.once(array, ("cast", str(dtype)), cast)
 
 
+def wide(x: Array) -> Array:
+    """`x` in float32 for what needs its precision, or in float64 where it has that already."""
+    return x if x.dtype == jnp.float64 else x.astype(jnp.float32)
+
+
 def tap(op: str, names: tuple[str, ...], x: Array) -> Array:
     """Note the result of a named op where a region listens; returns it."""
     region = current()
@@ -146,4 +151,4 @@ def tap(op: str, names: tuple[str, ...], x: Array) -> Array:
     return x
 
 
-__all__ = ["Auto", "Manual", "Region", "Tap", "current", "enter", "names_of", "tap", "value"]
+__all__ = ["Auto", "Manual", "Region", "Tap", "current", "enter", "names_of", "tap", "value", "wide"]

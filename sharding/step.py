@@ -24,7 +24,7 @@ from sharding.errors import InputError
 from sharding.layout import Layout, Layouts, ParamLayouts
 from sharding.params import ParamSpec, bind, declare, initial
 from sharding.partitioner import Manual, Partitioner
-from sharding.region import Region, enter
+from sharding.region import Region, enter, wide
 from sharding.relayout import finish, relayout, vary, varying
 
 State = dict[str, Any]
@@ -44,8 +44,7 @@ class Split:
 
     def target(self) -> str:
         """The platform that the step is for."""
-        devices = getattr(self.mesh, "devices", None)
-        return self.platform or ("cpu" if devices is None else devices.flat[0].platform)
+        return self.platform or (self.mesh.devices.flat[0].platform if isinstance(self.mesh, Mesh) else "cpu")
 
 
 class TrainStep:
@@ -189,7 +188,7 @@ class TrainStep:
         squares = {}
         for p, g in grads.items():
             axes = tuple(sorted(self.layouts[p].gradient.axes))
-            squares[axes] = squares.get(axes, 0.0) + jnp.sum(jnp.square(g.astype(jnp.float32)))
+            squares[axes] = squares.get(axes, 0.0) + jnp.sum(jnp.square(wide(g)))
         total = sum(lax.psum(x, axes) if axes else x for axes, x in squares.items())
         scale, metrics = self._finished(sums, jnp.sqrt(total))
         laid = {
@@ -206,7 +205,7 @@ class TrainStep:
 
         grads, sums = self._accumulated(one, batch)
         scale, metrics = self._finished(
-            sums, jnp.sqrt(sum(jnp.sum(jnp.square(g.astype(jnp.float32))) for g in grads.values()))
+            sums, jnp.sqrt(sum(jnp.sum(jnp.square(wide(g))) for g in grads.values()))
         )
         return {
             p: self._lies(g, self.layouts[p].optimizer) * scale.astype(g.dtype) for p, g in grads.items()
@@ -250,7 +249,7 @@ class TrainStep:
 
     def _finished(self, sums: dict[str, Array], norm: Array) -> tuple[Array, dict[str, Array]]:
         """Factor that turns summed gradients into clipped means, and the metrics."""
-        weight = jnp.maximum(sums["weight"], jnp.asarray(1e-6, jnp.float32))
+        weight = jnp.maximum(sums["weight"], 1e-6)
         norm = norm / weight
         clip = jnp.minimum(1.0, self.clip / jnp.maximum(norm, 1e-12))
         means = {k: v / weight for k, v in sums.items() if k != "weight"}

@@ -1,7 +1,7 @@
 """The quickstart, shrunk until it trains in a second, for tests that need a whole run.
 
-Its text is a package of Python's standard library. Two environment variables reach into its data: SLOW makes every batch
-take so many seconds, so that a run can be stopped at a known step, and ROWS_LOG names a file for the rows that are read.
+Its text is a package of Python's standard library. Two environment variables reach into its data: SLOW makes every
+batch take so many seconds, so that a run can be stopped at a known step, and ROWS_LOG names a file for the rows read.
 """
 
 from __future__ import annotations
@@ -132,5 +132,8 @@ def arrays(run: Path, step: int) -> dict[str, np.ndarray]:
     store = tensorstore.KvStore.open(base).result()
     names = {key.decode().rpartition("/")[0] for key in store.list().result() if key.endswith(b".zarray")}
     assert names, f"no arrays below {base}"
-    read_one = lambda name: tensorstore.open({"driver": "zarr", "kvstore": f"{base}{name}/"}).result().read()
+
+    def read_one(name):
+        return tensorstore.open({"driver": "zarr", "kvstore": f"{base}{name}/"}).result().read()
+
     return {name: np.asarray(read_one(name).result()) for name in sorted(names)}

@@ -7,6 +7,7 @@ import functools
 import importlib
 import importlib.util
 import inspect
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -85,9 +86,7 @@ def model_configs() -> dict[str, Any]:
     found = {}
     for path in sorted((ROOT / "models").glob("*_config.py")):
         module = load(path)
-        kinds = [
-            k for k in vars(module).values() if inspect.isclass(k) and k.__module__ == module.__name__
-        ]
+        kinds = [k for k in vars(module).values() if inspect.isclass(k) and k.__module__ == module.__name__]
         (kind,) = [k for k in kinds if dataclasses.is_dataclass(k) and hasattr(k, "build")]
         found[path.stem.removesuffix("_config")] = shrunk(kind())
     return found
@@ -120,7 +119,8 @@ def remembering(optimizer: optax.GradientTransformation) -> optax.GradientTransf
     """The optimizer, with the gradient it was given kept in the state: one compiled step then shows all that a test
     compares."""
     keep = optax.GradientTransformation(
-        lambda params: Remembered(jax.tree.map(jnp.zeros_like, params)), lambda g, s, p=None: (g, Remembered(g))
+        lambda params: Remembered(jax.tree.map(jnp.zeros_like, params)),
+        lambda g, s, p=None: (g, Remembered(g)),
     )
     return optax.chain(keep, optimizer)
 
@@ -131,7 +131,7 @@ def make_step(
     mesh: MeshShape | None = None,
     partitioner: Partitioner = Manual(),  # noqa: B008
     accumulate: int = 1,
-    clip: float = 0.0,
+    clip: float = math.inf,
     optimizer: optax.GradientTransformation | None = None,
     model: Any = None,
 ) -> TrainStep:
@@ -185,7 +185,9 @@ def start(step: TrainStep, params: Mapping[str, np.ndarray]) -> State:
 def place(step: TrainStep, batch: Mapping[str, Any]) -> dict[str, Any]:
     """A batch where the step wants it."""
     shardings = step.batch_shardings()
-    return {k: jnp.array(x) if shardings[k] is None else jax.device_put(x, shardings[k]) for k, x in batch.items()}
+    return {
+        k: jnp.array(x) if shardings[k] is None else jax.device_put(x, shardings[k]) for k, x in batch.items()
+    }
 
 
 class Trained(NamedTuple):
@@ -207,10 +209,16 @@ def train(step: TrainStep, params: Mapping[str, np.ndarray], data: list[dict[str
 
 
 @functools.cache
-def oracle(config: Any, steps: int, seed: int = 0, clip: float = 0.0) -> Trained:
+def oracle(config: Any, steps: int, seed: int = 0, clip: float = math.inf) -> Trained:
     """What one device computes, from `initial_params` over `batches`."""
     step = make_step(config, clip=clip)
-    return train(step, initial_params(config), batches(config, steps, seed=seed))
+    made = train(step, initial_params(config), batches(config, steps, seed=seed))
+    # two runs that both do nothing would agree
+    assert all(np.abs(g).max() > 0 for g in made.gradients[0].values()), "a leaf without a gradient"
+    assert all((made.params[p] != w).any() for p, w in initial_params(config).items()), (
+        "a leaf that is not updated"
+    )
+    return made
 
 
 def worst(found: Mapping[str, np.ndarray], expected: Mapping[str, np.ndarray]) -> tuple[float, str]:
@@ -271,7 +279,10 @@ class Through:
         partitioner: Partitioner = Manual(),  # noqa: B008
     ):
         self.call, self.out = call, tuple(out.split())
-        self.params, self.inputs = {k: a for k, (_, a) in params.items()}, {k: a for k, (_, a) in inputs.items()}
+        self.params, self.inputs = (
+            {k: a for k, (_, a) in params.items()},
+            {k: a for k, (_, a) in inputs.items()},
+        )
         self.names = {k: tuple(n.split()) for k, (n, _) in inputs.items()}
         self.holder = Holder({k: (n, a.shape) for k, (n, a) in params.items()})
         tree = declare(self.holder)
@@ -295,7 +306,9 @@ class Through:
             return run(params, inputs)
         rest, given = self._specs()
         out = self.layouts.activation(self.out).spec()
-        return jax.shard_map(run, mesh=self.mesh, in_specs=(rest, given), out_specs=out, check_vma=True)(params, inputs)
+        return jax.shard_map(run, mesh=self.mesh, in_specs=(rest, given), out_specs=out, check_vma=True)(
+            params, inputs
+        )
 
     def _bound(self, params: dict[str, Any]) -> dict[str, Any]:
         module = bind(self.holder, params)
@@ -347,7 +360,9 @@ def placements(draw: Any, activations: list[str], params: list[str], axes: tuple
     compute = {n: [draw(st.sampled_from([*n.split(), None])) for _ in axes] for n in params}
     rest = {n: [draw(st.sampled_from([*n.split(), None])) for _ in axes] for n in params}
 
-    def kth(table: dict[str, list[str | None]], k: int, unless: dict[str, list[str | None]] | None = None) -> Any:
+    def kth(
+        table: dict[str, list[str | None]], k: int, unless: dict[str, list[str | None]] | None = None
+    ) -> Any:
         def place(ask: Ask) -> dict[str, Any]:
             key = " ".join(ask.names)
             if key not in table or table[key][k] is None or (unless and unless[key][k] is not None):

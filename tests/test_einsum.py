@@ -38,7 +38,11 @@ CASE = tuple[str, dict[str, Any], Rules]
 def cases(draw: Any, axes: tuple[str, ...] = AXES) -> CASE:
     """A spec of one or two operands, their arrays (the last may be a parameter) and rules that lay all of them out."""
     terms = draw(
-        st.lists(st.permutations(NAMES).flatmap(lambda p: st.integers(1, 3).map(lambda n: p[:n])), min_size=1, max_size=2)
+        st.lists(
+            st.permutations(NAMES).flatmap(lambda p: st.integers(1, 3).map(lambda n: p[:n])),
+            min_size=1,
+            max_size=2,
+        )
     )
     every = list(dict.fromkeys(n for t in terms for n in t))
     result = draw(st.permutations(every))[: draw(st.integers(0, len(every)))]
@@ -121,7 +125,9 @@ def stated(made: Through, case: CASE) -> tuple[Plan, int]:
         shapes.append(local_shape(array.shape, lies, made.sizes))
         if key in made.lies:
             at_rest = made.lies[key].param.dims
-            rest = relayout_bytes(4 * math.prod(local_shape(array.shape, at_rest, made.sizes)), at_rest, lies, made.sizes)
+            rest = relayout_bytes(
+                4 * math.prod(local_shape(array.shape, at_rest, made.sizes)), at_rest, lies, made.sizes
+            )
     wanted = made.layouts.activation(result).dims
     return contraction.plan(spec, tuple(layouts), tuple(shapes), (4,) * len(terms), wanted, made.sizes), rest
 
@@ -148,9 +154,15 @@ def test_no_other_plan_with_as_few_products_sends_fewer_bytes(case: CASE) -> Non
     plan, rest = stated(made, case)
     terms, result = parse(case[0])
     arrays = case[1]["arrays"]
-    every = {n: size for k, t in zip(arrays, terms, strict=True) for n, size in zip(t, arrays[k].shape, strict=True)}
+    every = {
+        n: size
+        for k, t in zip(arrays, terms, strict=True)
+        for n, size in zip(t, arrays[k].shape, strict=True)
+    }
     lying = [*zip(terms, _lie(made, case), strict=True), (result, made.layouts.activation(result).dims)]
-    where = {a: [n for names, dims in lying for n, d in zip(names, dims, strict=True) if a in d] for a in PAIR}
+    where = {
+        a: [n for names, dims in lying for n, d in zip(names, dims, strict=True) if a in d] for a in PAIR
+    }
     tried = 0
     for choice in itertools.product(*([*dict.fromkeys(where[a]), None] for a in PAIR)):
         for order in itertools.permutations(PAIR):
@@ -196,32 +208,48 @@ def _traced(rules: Rules, spec: str) -> list[tuple[str, tuple[str, ...], int]]:
     terms, result = parse(spec)
     x, w = (np.zeros([sizes[n] for n in t], np.float32) for t in terms)
     call = lambda p, i: einsum(spec, i["x"], p["w"])
-    made = Through(call, {"w": (" ".join(terms[1]), w)}, {"x": (" ".join(terms[0]), x)}, " ".join(result), rules, MESH)
+    made = Through(
+        call, {"w": (" ".join(terms[1]), w)}, {"x": (" ".join(terms[0]), x)}, " ".join(result), rules, MESH
+    )
     return [(c.kind, c.axes, c.bytes) for c in made.traced()]
 
 
 def test_known_layouts_send_what_the_literature_says() -> None:
     both = data() | fsdp("fsdp") | tensor()
-    gathered = ("all-gather", ("fsdp",), 4 * D * F // 2 // 2 * (2 - 1))  # w: split by tensor, and by fsdp at rest
+    gathered = (
+        "all-gather",
+        ("fsdp",),
+        4 * D * F // 2 // 2 * (2 - 1),
+    )  # w: split by tensor, and by fsdp at rest
     reduced = ("all-reduce", ("tensor",), 2 * TOKENS * (N - 1) // N)
     assert _traced(data(), COLUMN) == []
     assert _traced(data() | tensor(), COLUMN) == []
     assert _traced(both, COLUMN) == [gathered]
     assert _traced(both, ROW) == [gathered, reduced]
     # sequence parallelism: an all-gather before the columns and a reduce-scatter after the rows, half an all-reduce each
-    assert _traced(both | sequence(), COLUMN) == [gathered, ("all-gather", ("tensor",), TOKENS // N * (N - 1))]
-    assert _traced(both | sequence(), ROW) == [gathered, ("reduce-scatter", ("tensor",), TOKENS * (N - 1) // N)]
+    assert _traced(both | sequence(), COLUMN) == [
+        gathered,
+        ("all-gather", ("tensor",), TOKENS // N * (N - 1)),
+    ]
+    assert _traced(both | sequence(), ROW) == [
+        gathered,
+        ("reduce-scatter", ("tensor",), TOKENS * (N - 1) // N),
+    ]
     # the vocabulary is split: logits are produced where they lie
     vocab = "batch length embed, embed vocab -> batch length vocab"
     assert _traced(data() | tensor(), vocab) == []
-    assert _traced(data() | tensor() | sequence(), vocab) == [("all-gather", ("tensor",), 2 * TOKENS // N * (N - 1))]
+    assert _traced(data() | tensor() | sequence(), vocab) == [
+        ("all-gather", ("tensor",), 2 * TOKENS // N * (N - 1))
+    ]
 
 
 def test_a_global_sum_is_one_all_reduce_of_a_number() -> None:
     call = lambda p, i: einsum("batch length ->", i["x"])
     rules = data() | fsdp() | sequence()
     made = Through(call, {}, {"x": ("batch length", np.ones((8, 8), np.float32))}, "", rules, MESH)
-    assert [(c.kind, sorted(c.axes), c.bytes) for c in made.traced()] == [("all-reduce", sorted(AXES), 2 * 4 * 7 // 8)]
+    assert [(c.kind, sorted(c.axes), c.bytes) for c in made.traced()] == [
+        ("all-reduce", sorted(AXES), 2 * 4 * 7 // 8)
+    ]
     assert made.value() == 64.0
 
 
@@ -244,11 +272,18 @@ def test_a_malformed_text_is_refused(spec: str) -> None:
 def test_operands_that_are_not_what_the_text_says_are_refused() -> None:
     x, w = np.zeros((8, 8), np.float32), ("embed mlp", np.zeros((8, 16), np.float32))
     made = lambda spec, *more: Through(
-        lambda p, i: einsum(spec, i["x"], p["w"], *more), {"w": w}, {"x": ("batch embed", x)}, "batch mlp", data(), MESH
+        lambda p, i: einsum(spec, i["x"], p["w"], *more),
+        {"w": w},
+        {"x": ("batch embed", x)},
+        "batch mlp",
+        data(),
+        MESH,
     )
     with pytest.raises(InputError, match="2 operands but got 3"):
         made("batch embed, embed mlp -> batch mlp", x).traced()
-    with pytest.raises(InputError, match=r"names a parameter's dims 'embed vocab', but w was declared as 'embed mlp'"):
+    with pytest.raises(
+        InputError, match=r"names a parameter's dims 'embed vocab', but w was declared as 'embed mlp'"
+    ):
         made("batch embed, embed vocab -> batch vocab").traced()
     with pytest.raises(InputError, match="3 names but 2 dims"):
         made("batch length embed, embed mlp -> batch mlp").traced()

@@ -50,10 +50,16 @@ def test_each_strategy_splits_the_role_it_is_known_for() -> None:
 
 
 def test_batch_is_split_over_data_and_then_fsdp_inside() -> None:
-    lies = layouts(data() | fsdp() | tensor(), data=2, fsdp=2, tensor=2).activation(("batch", "length", "mlp"))
+    lies = layouts(data() | fsdp() | tensor(), data=2, fsdp=2, tensor=2).activation(
+        ("batch", "length", "mlp")
+    )
     assert lies.text() == "batch/data/fsdp length mlp/tensor"
     assert lies.spec() == PartitionSpec(("data", "fsdp"), None, "tensor")
-    assert [(r.axis, r.rule) for r in lies.reasons] == [("data", "data()"), ("fsdp", "fsdp()"), ("tensor", "tensor()")]
+    assert [(r.axis, r.rule) for r in lies.reasons] == [
+        ("data", "data()"),
+        ("fsdp", "fsdp()"),
+        ("tensor", "tensor()"),
+    ]
 
 
 def test_sequence_declines_where_tensor_was_first_and_says_so() -> None:
@@ -111,7 +117,11 @@ REFUSED: dict[str, tuple[Rules, dict[str, int], tuple[str, ...]]] = {
     "a dim that does not divide further": (
         tensor() | custom(param={"mlp": also("data")}),
         {"tensor": 4, "data": 8},
-        ("mlp = 16 into 32 parts", "tensor=4 x data=8", "Set mesh axis data to 4 or make mlp a multiple of 32"),
+        (
+            "mlp = 16 into 32 parts",
+            "tensor=4 x data=8",
+            "Set mesh axis data to 4 or make mlp a multiple of 32",
+        ),
     ),
     "an axis that does not exist": (
         custom(compute={"mlp": "tensr"}),
@@ -179,7 +189,18 @@ def test_a_rule_whose_every_placement_was_declined_is_used_by_no_array() -> None
 # What hypothesis draws: chains of the repo's rules and of drawn ones, for arrays and meshes of any size.
 
 SHIPPED = st.sampled_from(
-    [data(), zero1(), zero2(), fsdp(), hsdp(), tensor(), sequence(), fsdp("context"), zero1("expert"), tensor("context")]
+    [
+        data(),
+        zero1(),
+        zero2(),
+        fsdp(),
+        hsdp(),
+        tensor(),
+        sequence(),
+        fsdp("context"),
+        zero1("expert"),
+        tensor("context"),
+    ]
 )
 PLACINGS = st.sampled_from([str, also, if_free])
 
@@ -187,7 +208,9 @@ PLACINGS = st.sampled_from([str, also, if_free])
 @st.composite
 def drawn_rules(draw: Any) -> Rules:
     def table() -> dict[str, Any]:
-        names = draw(st.lists(st.sampled_from(["batch", "length", "embed", "mlp", "heads"]), max_size=2, unique=True))
+        names = draw(
+            st.lists(st.sampled_from(["batch", "length", "embed", "mlp", "heads"]), max_size=2, unique=True)
+        )
         return {n: draw(PLACINGS)(draw(st.sampled_from(AXES))) for n in names}
 
     return custom(**{role: table() for role in (*PARAM_ROLES, "activation")})
@@ -211,7 +234,9 @@ def _sound(lies: Layout, sizes: dict[str, int]) -> None:
 
 
 @given(chain=CHAINS, sizes=MESHES, array=ARRAYS)
-def test_whatever_is_laid_out_is_sound(chain: list[Rules], sizes: dict[str, int], array: list[tuple[str, int]]) -> None:
+def test_whatever_is_laid_out_is_sound(
+    chain: list[Rules], sizes: dict[str, int], array: list[tuple[str, int]]
+) -> None:
     names, shape = tuple(n for n, _ in array), tuple(n for _, n in array)
     rules = Rules(tuple(r for rules in chain for r in rules.chain))
     made = Layouts(rules, sizes)

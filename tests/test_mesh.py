@@ -50,7 +50,9 @@ def test_the_axes_are_those_of_the_design_outermost_first() -> None:
     fill=st.sampled_from(AXES),
     rest=st.integers(1, 5),
 )
-def test_one_axis_is_filled_so_that_the_product_is_the_devices(sizes: dict[str, int], fill: str, rest: int) -> None:
+def test_one_axis_is_filled_so_that_the_product_is_the_devices(
+    sizes: dict[str, int], fill: str, rest: int
+) -> None:
     fixed = math.prod(n for a, n in sizes.items() if a != fill)
     shape = MeshShape(**{**sizes, fill: -1}).resolve(fixed * rest)
     assert math.prod(shape.sizes().values()) == fixed * rest
@@ -61,9 +63,17 @@ def test_one_axis_is_filled_so_that_the_product_is_the_devices(sizes: dict[str, 
 
 REFUSED = {
     "the product is not the devices": (MeshShape(data=2, fsdp=3), 8, ("asks for 6 devices", "there are 8")),
-    "more devices asked than present": (MeshShape(tensor=16), 8, ("tensor=16 asks for 16 devices", "there are 8")),
+    "more devices asked than present": (
+        MeshShape(tensor=16),
+        8,
+        ("tensor=16 asks for 16 devices", "there are 8"),
+    ),
     "two axes to fill": (MeshShape(data=-1, fsdp=-1), 8, ("Only one mesh axis", "data and fsdp")),
-    "the fill does not go evenly": (MeshShape(data=-1, tensor=3), 8, ("8 devices to be divided by 3", "data = -1")),
+    "the fill does not go evenly": (
+        MeshShape(data=-1, tensor=3),
+        8,
+        ("8 devices to be divided by 3", "data = -1"),
+    ),
     "the fill has nothing left": (MeshShape(data=-1, tensor=16), 8, ("8 devices to be divided by 16",)),
     "a size of nothing": (MeshShape(data=0), 8, ("at least 1", "'data': 0")),
     "a negative size": (MeshShape(data=-2), 8, ("at least 1", "'data': -2")),

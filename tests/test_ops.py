@@ -92,7 +92,9 @@ def test_the_embeddings_gradient_adds_up_the_tokens_that_repeat() -> None:
 
 
 @pytest.mark.parametrize("partitioner", PARTITIONERS, ids=str)
-@pytest.mark.parametrize("rules", [data() | fsdp() | tensor(), data() | fsdp() | tensor() | sequence()], ids=repr)
+@pytest.mark.parametrize(
+    "rules", [data() | fsdp() | tensor(), data() | fsdp() | tensor() | sequence()], ids=repr
+)
 def test_embed_under_the_known_rules(rules: Rules, partitioner: Partitioner) -> None:
     check(*EMBED, rules, partitioner)
 
@@ -120,7 +122,10 @@ def test_the_norm_is_its_formula() -> None:
 
 
 @settings(max_examples=10)
-@given(rules=placements(["batch length embed"], ["embed"], AXES), partitioner=st.sampled_from([Manual(), Manual(), Auto()]))
+@given(
+    rules=placements(["batch length embed"], ["embed"], AXES),
+    partitioner=st.sampled_from([Manual(), Manual(), Auto()]),
+)
 def test_rms_norm_for_any_layouts(rules: Rules, partitioner: Partitioner) -> None:
     check(*NORM, rules, partitioner)
 
@@ -159,7 +164,9 @@ SPLIT_TWICE = custom(activation={"length": also("data")}) | custom(activation={"
 @pytest.mark.parametrize("rules", [*LENGTHS, SPLIT_TWICE, data()], ids=range(4))
 def test_positions_count_the_whole_length(rules: Rules) -> None:
     call = lambda p, x: x["x"] + positions(x["x"], "batch length").astype(jnp.float32)[None, :]
-    made = Through(call, {}, {"x": ("batch length", np.zeros((4, 16), np.float32))}, "batch length", rules, MESH)
+    made = Through(
+        call, {}, {"x": ("batch length", np.zeros((4, 16), np.float32))}, "batch length", rules, MESH
+    )
     np.testing.assert_array_equal(made.value(), np.tile(np.arange(16.0), (4, 1)))
 
 
@@ -167,7 +174,9 @@ ROPE = (lambda p, x: rope(x["x"], HEADS), {}, {"x": (HEADS, normal(4, 8, 4, 8))}
 
 
 @pytest.mark.parametrize("partitioner", PARTITIONERS, ids=str)
-@pytest.mark.parametrize("rules", [data() | tensor(), data() | custom(activation={"length": "tensor"}), SPLIT_TWICE], ids=range(3))
+@pytest.mark.parametrize(
+    "rules", [data() | tensor(), data() | custom(activation={"length": "tensor"}), SPLIT_TWICE], ids=range(3)
+)
 def test_rope_turns_by_the_global_position(rules: Rules, partitioner: Partitioner) -> None:
     check(*ROPE, rules, partitioner)
 
@@ -212,7 +221,8 @@ SPLITS = {
     "length split twice": SPLIT_TWICE,
     "length and heads": data("fsdp") | tensor() | custom(activation={"length": "data"}),
     "head_dim": data() | custom(activation={"head_dim": "tensor"}),
-    "batch of keys elsewhere": custom(activation={"heads": "tensor"}) | custom(activation={"batch": if_free("tensor")}),
+    "batch of keys elsewhere": custom(activation={"heads": "tensor"})
+    | custom(activation={"batch": if_free("tensor")}),
 }
 
 
@@ -243,7 +253,9 @@ def test_query_heads_that_key_heads_do_not_divide_are_refused() -> None:
 UNEVEN = {
     "embed": (EMBED[0], {"w": ("vocab embed", normal(16, 6))}, EMBED[2], "batch length embed"),
     "rms_norm of a projection": (
-        lambda p, x: rms_norm(einsum("batch length, length embed -> batch embed", x["x"], p["w"]), p["s"], "batch embed"),
+        lambda p, x: rms_norm(
+            einsum("batch length, length embed -> batch embed", x["x"], p["w"]), p["s"], "batch embed"
+        ),
         {"w": ("length embed", normal(8, 6)), "s": ("embed", normal(6))},
         {"x": ("batch length", normal(8, 8))},
         "batch embed",

@@ -7,6 +7,7 @@ types of the manual region, would catch them.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ import optax
 import pytest
 from jax import lax
 
+import sharding.attention
+import sharding.causal
 import sharding.ops
 import sharding.relayout
 import sharding.step
@@ -82,6 +85,15 @@ CASES: dict[str, tuple[Rules, MeshShape]] = {
         MeshShape(fsdp=2),
     ),
 }
+QUICK = {
+    "hsdp",
+    "tensor",
+    "data fsdp tensor sequence",
+    "zero2 tensor sequence",
+    "fsdp context tensor",
+    "stack of layers at rest",
+}
+"""Cases that between them hold every shipped strategy but ZeRO-1, which the quick tests of rules and of AdamW hold."""
 
 
 def check(
@@ -90,7 +102,7 @@ def check(
     mesh: MeshShape,
     partitioner: Partitioner = Manual(),  # noqa: B008
     accumulate: int = 1,
-    clip: float = 0.0,
+    clip: float = math.inf,
 ) -> None:
     """Three updates from the same parameters, on batches with unequal weights, one shard's all zero."""
     config = MODELS[model]
@@ -99,7 +111,9 @@ def check(
     assert_same(found, oracle(config, 3, clip=clip), BOUND)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case", [c if c in QUICK else pytest.param(c, marks=pytest.mark.slow) for c in CASES]
+)
 def test_the_transformer_in_the_manual_region(case: str) -> None:
     check("transformer", *CASES[case], accumulate=1 + list(CASES).index(case) % 2)
 
@@ -111,12 +125,12 @@ def test_the_transformer_under_xlas_partitioner(case: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("accumulate", [1, 2])
 @pytest.mark.parametrize("partitioner", [Manual(), Auto()], ids=["manual", "auto"])
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("model", sorted(set(MODELS) - {"transformer"}))
-def test_the_other_models(model: str, case: str, partitioner: Partitioner, accumulate: int) -> None:
-    check(model, *CASES[case], partitioner=partitioner, accumulate=accumulate)
+def test_the_other_models(model: str, case: str, partitioner: Partitioner) -> None:
+    odd = list(CASES).index(case) + isinstance(partitioner, Manual)
+    check(model, *CASES[case], partitioner=partitioner, accumulate=1 + odd % 2)
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -176,7 +190,11 @@ def test_adamw_of_the_quickstart_makes_the_same_updates(partitioner: Partitioner
     # A gradient near zero has a sign that rounding decides and AdamW makes it a whole step: judged by the whole leaf.
     config, adamw = MODELS["mlp"], quickstart.config().optimizer
     made = [
-        train(make_step(config, *split, clip=adamw.clip, optimizer=adamw.unclipped(10)), initial_params(config), batches(config, 3))
+        train(
+            make_step(config, *split, clip=adamw.clip, optimizer=adamw.build(10)),
+            initial_params(config),
+            batches(config, 3),
+        )
         for split in [(), (zero1() | fsdp() | tensor(), SMALL_MESH, partitioner)]
     ]
     for path, want in made[0].params.items():
@@ -202,6 +220,15 @@ def test_evaluation_gives_the_same_global_sums(partitioner: Partitioner) -> None
 # Double precision: what is left is rounding, so nothing but the order of sums may differ.
 
 
+class Double:
+    """jax.numpy, in which float32 is float64."""
+
+    float32 = jnp.float64
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(jnp, name)
+
+
 def _double(config: Any) -> Any:
     """A model whose parameters are float64."""
     from flax import nnx
@@ -222,7 +249,16 @@ def _double(config: Any) -> Any:
         pytest.param("transformer", "fsdp context tensor", marks=pytest.mark.slow),
     ],
 )
-def test_in_double_precision_only_rounding_is_left(model: str, case: str) -> None:
+def test_in_double_precision_only_rounding_is_left(
+    model: str, case: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    single = oracle(MODELS[model], 2)
+    for module in (
+        sharding.attention,
+        sharding.causal,
+    ):  # attention says float32 where it means its own precision
+        monkeypatch.setattr(module, "jnp", Double())
+    monkeypatch.setattr(sharding.causal, "_products", jnp.einsum, raising=False)
     config = MODELS[model]
     if hasattr(config, "dtype"):
         config = dataclasses.replace(config, dtype="float64")
@@ -234,7 +270,7 @@ def test_in_double_precision_only_rounding_is_left(model: str, case: str) -> Non
         many = train(make_step(config, *CASES[case], model=_double(config)), params, rows)
     assert all(g.dtype == np.float64 for g in many.gradients[0].values())
     assert_same(many, one, EXACT)
-    assert_same(oracle(MODELS[model], 2), one, 1e-4)  # and the float32 of above is the same model
+    assert_same(single, one, 1e-4)  # and the float32 of above is the same model
 
 
 @pytest.mark.slow
@@ -242,7 +278,11 @@ def test_bfloat16_activations_agree_to_their_own_rounding() -> None:
     # 8 bits of mantissa, gradients reduced in bfloat16 where parameters are gathered in it: a few per cent of a leaf's
     # largest entry, against float32 as against one device in bfloat16.
     config = dataclasses.replace(MODELS["transformer"], dtype="bfloat16")
-    found = train(make_step(config, data() | fsdp() | tensor(), SMALL_MESH), initial_params(MODELS["transformer"]), batches(config, 2))
+    found = train(
+        make_step(config, data() | fsdp() | tensor(), SMALL_MESH),
+        initial_params(MODELS["transformer"]),
+        batches(config, 2),
+    )
     for want in (oracle(config, 2), oracle(MODELS["transformer"], 2)):
         assert abs(found.metrics[0]["loss"] - want.metrics[0]["loss"]) < 0.02 * want.metrics[0]["loss"]
         error, leaf = worst(found.gradients[0], want.gradients[0])
@@ -269,7 +309,11 @@ FORGOTTEN: dict[str, tuple[Any, str, Callable[..., Any]]] = {
     "an op forgets to reduce": (sharding.ops, "finish", _no_reduction),
     "an op reduces over another axis": (sharding.ops, "finish", _wrong_axis),
     "gradients are not reduced over data": (sharding.step.TrainStep, "_reduce", lambda self, path, g: g),
-    "the loss is left where it is": (MLP, "loss", lambda self, b: {"loss": jnp.sum(b["weights"]), "weight": jnp.sum(b["weights"])}),
+    "the loss is left where it is": (
+        MLP,
+        "loss",
+        lambda self, b: {"loss": jnp.sum(b["weights"]), "weight": jnp.sum(b["weights"])},
+    ),
 }
 
 
@@ -303,18 +347,33 @@ def _own_weights(self: Any, sums: Any, norm: Any) -> Any:
 
 WRONG: dict[str, tuple[str, Any, str, Callable[..., Any], Rules]] = {
     "gradients reduced twice": ("mlp", sharding.step.TrainStep, "_reduce", _twice, PLANT[0]),
-    "blocks taken in another order": ("mlp", sharding.relayout, "_slice", _other_block, zero1() | fsdp() | tensor()),
-    "a mean over shards of unequal weight": ("mlp", sharding.step.TrainStep, "_finished", _own_weights, PLANT[0]),
+    "blocks taken in another order": (
+        "mlp",
+        sharding.relayout,
+        "_slice",
+        _other_block,
+        zero1() | fsdp() | tensor(),
+    ),
+    "a mean over shards of unequal weight": (
+        "mlp",
+        sharding.step.TrainStep,
+        "_finished",
+        _own_weights,
+        PLANT[0],
+    ),
     "embedding rows of another device": (
         "transformer",
         sharding.ops,
         "_own_rows",
-        lambda ids, axes, rows: (vary(ids, frozenset(axes)) % rows, (vary(ids, frozenset(axes)) // rows) == 0),
+        lambda ids, axes, rows: (
+            vary(ids, frozenset(axes)) % rows,
+            (vary(ids, frozenset(axes)) // rows) == 0,
+        ),
         PLANT[0],
     ),
     "positions that start anew on each device": (
         "transformer",
-        __import__("sharding.attention", fromlist=["x"]),
+        sharding.attention,
         "positions",
         lambda x, names: jnp.arange(x.shape[1], dtype=jnp.int32),
         data() | fsdp() | sequence(),
@@ -331,11 +390,15 @@ def test_a_planted_fault_departs_from_one_device(fault: str, monkeypatch: pytest
     found = train(make_step(config, rules, SMALL_MESH), initial_params(config), batches(config, 1))
     with pytest.raises(AssertionError, match="departs|loss|grad_norm"):
         assert_same(found, want._replace(metrics=want.metrics[:1], gradients=want.gradients[:1]), 100 * BOUND)
-    assert worst(found.gradients[0], want.gradients[0])[0] > 100 * BOUND, "by the gradients, not by a metric alone"
+    assert worst(found.gradients[0], want.gradients[0])[0] > 100 * BOUND, (
+        "by the gradients, not by a metric alone"
+    )
 
 
 def test_a_fault_that_gradients_hide_is_seen_in_the_update() -> None:
-    config = MODELS["mlp"]
-    found = train(make_step(config, *PLANT, optimizer=optax.sgd(0.11)), initial_params(config), batches(config, 3))
-    with pytest.raises(AssertionError, match="departs"):
-        assert_same(found, oracle(config, 3), BOUND)
+    config, want = MODELS["mlp"], oracle(MODELS["mlp"], 1)
+    step = make_step(config, *PLANT, optimizer=optax.sgd(0.1001))
+    found = train(step, initial_params(config), batches(config, 1))
+    assert worst(found.gradients[0], want.gradients[0])[0] < BOUND
+    with pytest.raises(AssertionError, match="parameter .* departs"):
+        assert_same(found, want, BOUND)

@@ -66,7 +66,9 @@ def test_a_rule_file_is_short_and_says_where_it_comes_from(path: Path) -> None:
     assert len(path.read_text().splitlines()) <= 15
     assert make.__doc__
     assert SOURCE.search(str(load(path).__doc__)) or not default_axes(make), "a strategy names its paper"
-    assert all(p.default in AXES for p in inspect.signature(make).parameters.values() if p.default is not p.empty)
+    assert all(
+        p.default in AXES for p in inspect.signature(make).parameters.values() if p.default is not p.empty
+    )
 
 
 def test_rules_and_configs_of_models_leave_jax_alone() -> None:
@@ -98,7 +100,11 @@ def test_a_rule_outside_the_repo_is_a_rule(tmp_path: Path) -> None:
 
 def test_a_repr_shows_the_arguments_as_given() -> None:
     scope = _scope()
-    for text in ("fsdp('data')", "hsdp('replica', inner='data')", "replicated('mine', 'yours') | data(axis='replica')"):
+    for text in (
+        "fsdp('data')",
+        "hsdp('replica', inner='data')",
+        "replicated('mine', 'yours') | data(axis='replica')",
+    ):
         made = eval(text, scope)
         assert eval(repr(made), scope) == made
         ast.parse(repr(made), mode="eval")

@@ -88,6 +88,7 @@ def test_a_sweep_measures_records_and_draws(
         assert r.values["tokens_per_step"] == 16 * r.values["global_batch"]
         assert 0 < low <= r.values["step_seconds"][0] <= high
         assert r.values["steps_timed"] == 3
+        assert r.values["cores_busy"] > 0
     compiled = [e for e in read_events(folder / "events.jsonl") if e.name == "compile"]
     assert [e.details["point"] for e in compiled][:2] == [
         "strong data on 1 device",
@@ -162,7 +163,7 @@ def test_a_stop_keeps_finished_rounds_and_says_so(
 ) -> None:
     turns, take = [], sweep_run._turn
 
-    def interrupted(*given: Any) -> list[float]:
+    def interrupted(*given: Any) -> list[tuple[float, float]]:
         turns.append(1)
         if len(turns) == turn:
             os.kill(os.getpid(), signal.SIGINT)

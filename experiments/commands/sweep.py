@@ -161,7 +161,17 @@ def _table(points: list[dict[str, Any]]) -> list[str]:
     """Lines of the table: one a point, with the range of its rounds' medians."""
     if not points:
         return []
-    head = ("mode", "split", "devices", "rows", "median ms", "tokens/s", "efficiency", "min-max ms")
+    head = (
+        "mode",
+        "split",
+        "devices",
+        "rows",
+        "median ms",
+        "tokens/s",
+        "efficiency",
+        "min-max ms",
+        "cores busy",
+    )
     cells: list[tuple[str, ...]] = [head]
     for p in points:
         low, high = (1000 * x for x in p["step_seconds_range"])
@@ -175,6 +185,7 @@ def _table(points: list[dict[str, Any]]) -> list[str]:
                 f"{p['tokens_per_second']:,.0f}",
                 f"{p['efficiency']:.0%}",
                 f"{low:.1f}-{high:.1f}",
+                f"{p['cores_busy']:.2f}",
             )
         )
     wide = [max(map(len, column)) for column in zip(*cells, strict=True)]

@@ -1,0 +1,235 @@
+"""Every bad input ends in one paragraph that says what to change, exit code 2, and no folder left behind."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from experiments import devices
+from experiments.data.text import Text
+from tests.small import place, shardlab, start
+
+RULES = """
+from sharding.rule import Rule, Rules, rule
+from sharding.rules.data import data
+from sharding.rules.fsdp import fsdp
+from sharding.rules.tensor import tensor
+
+
+@rule
+def extra() -> Rule:
+    return Rule(ARGUMENTS)
+
+
+def rules() -> Rules:
+    return data() | fsdp() | tensor() | extra()
+"""
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A working directory with the small config."""
+    folder = tmp_path_factory.mktemp("home")
+    place(folder)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _at_home(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(home)
+
+
+def refused(
+    capsys: pytest.CaptureFixture[str], command: str, *words: object, config: str = "small.py"
+) -> str:
+    """The paragraph with which a command refuses; asserts all that is promised of it."""
+    runs = ("--runs", "runs") if command == "train" and "--runs" not in words else ()
+    assert shardlab(command, config, *runs, *words) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("shardlab: ")
+    assert said.count("\n") == 1
+    assert "Traceback" not in said
+    assert not Path("runs").exists(), "a run folder was left behind"
+    return said
+
+
+OVERRIDES = {
+    "unknown axis": (("--mesh.dta", 2), "--mesh.data"),
+    "axis given twice": (("--mesh.data", 2, "--mesh.data", 2), "'data' twice"),
+    "axis given twice, written otherwise": (("--mesh.data=2", "--mesh.data", 4), "sizes 2 and 4"),
+    "product of axes": (("--mesh.data", 4), "asks for 16 devices, but there are 8"),
+    "two axes to fill": (("--mesh.data", -1, "--mesh.fsdp", -1), "Only one mesh axis may be -1"),
+    "an axis that cannot be filled": (("--mesh.data", -1, "--mesh.fsdp", 3), "cannot be filled"),
+    "a dim that does not divide": (
+        ("--mesh.data", 1, "--mesh.tensor", 4),
+        "splits kv_heads = 2 into 4 parts",
+    ),
+    "a batch that does not divide": (("--batch", 18), "multiple of 4"),
+    "micro-batches that do not divide": (("--accumulate", 8), "micro-batches"),
+    "an axis that no rule uses": (("--rules", "data | fsdp"), "Mesh axis tensor has 2 devices"),
+    "heads that do not fit": (("--model.kv-heads", 3), "must divide heads"),
+}
+
+
+@pytest.mark.parametrize("command", ["explain", "train"])
+@pytest.mark.parametrize("what", OVERRIDES)
+def test_overrides(what: str, command: str, capsys: pytest.CaptureFixture[str]):
+    words, says = OVERRIDES[what]
+    assert says in refused(capsys, command, *words)
+
+
+RULE_FAULTS = {
+    "two rules for one dim": ('compute={"mlp": "data"}', "two rules for the dim mlp"),
+    "one axis used twice": ('compute={"embed": "tensor"}', "axis 'tensor', which rule tensor()"),
+    "an axis that does not exist": ('param={"embed": "tenosr"}', "(nearest: 'tensor')"),
+    "a rule that no array uses": ('param={"expert": "expert"}', "is used by no array"),
+    "a rule whose name no array has": (
+        'param={"embd": "data"}',
+        "extra()",
+    ),
+}
+
+
+@pytest.mark.parametrize("command", ["explain", "train"])
+@pytest.mark.parametrize("what", RULE_FAULTS)
+def test_rules(what: str, command: str, capsys: pytest.CaptureFixture[str]):
+    arguments, says = RULE_FAULTS[what]
+    Path("rules.py").write_text(RULES.replace("ARGUMENTS", arguments))
+    said = refused(capsys, command, "--rules", "rules.py")
+    assert says in said
+    assert "rules.py:8" in said, "the rule's file and line"
+
+
+@pytest.mark.parametrize("command", ["explain", "train"])
+def test_a_logical_name_that_no_rule_knows(command: str, capsys: pytest.CaptureFixture[str]):
+    Path("named.py").write_text(
+        Path("small.py").read_text()
+        + """
+
+@dataclasses.dataclass(frozen=True)
+class Misnamed:
+    inner: object
+    vocab: int = 256
+
+    def build(self):
+        from sharding.params import normal, param
+
+        model = self.inner.build()
+        model.odd = param("embde mlp", (32, 64), normal(1.0))
+        return model
+
+
+small = config
+
+
+def config():
+    return replace(small(), model=Misnamed(small().model))
+"""
+    )
+    said = refused(capsys, command, config="named.py")
+    assert "'embde', a logical name that no rule knows (nearest: 'embed')" in said
+
+
+CONFIGS = {
+    "no config()": ("x = 1\n", "no config()"),
+    "config() returns nothing": ("def config():\n    pass\n", "must return an Experiment"),
+    "config() raises": ("def config():\n    return 1 / 0\n", "division by zero"),
+    "a syntax error": ("def config(:\n", "bad.py"),
+}
+
+
+@pytest.mark.parametrize("command", ["explain", "train"])
+@pytest.mark.parametrize("what", CONFIGS)
+def test_configs(what: str, command: str, capsys: pytest.CaptureFixture[str]):
+    text, says = CONFIGS[what]
+    Path("bad.py").write_text(text)
+    assert says in refused(capsys, command, config="bad.py")
+
+
+def test_a_missing_config(capsys: pytest.CaptureFixture[str]):
+    assert "nowhere.py" in refused(capsys, "train", config="nowhere.py")
+
+
+def test_a_missing_corpus(capsys: pytest.CaptureFixture[str]):
+    assert "'gone'" in refused(capsys, "train", "--data.path", "gone")
+
+
+def test_an_empty_corpus(capsys: pytest.CaptureFixture[str]):
+    Path("void").mkdir(exist_ok=True)
+    (Path("void") / "empty.txt").touch()
+    assert "corpus is empty" in refused(capsys, "train", "--data.path", "void")
+
+
+def test_a_corpus_shorter_than_one_row(capsys: pytest.CaptureFixture[str]):
+    Path("short").mkdir(exist_ok=True)
+    (Path("short") / "a.txt").write_text("a few bytes")
+    (Path("short") / "b.txt").write_text("a few more")
+    refused(capsys, "train", "--data.path", "short")
+
+
+def test_a_corrupt_token_file(capsys: pytest.CaptureFixture[str]):
+    """Bytes of the written tokens are lost after they were written: found when they are opened the next time."""
+    shutil.copytree("corpus", "spoiled", dirs_exist_ok=True)
+    Text(path="spoiled", length=32).open(Path(".cache/data"))
+    (folder,) = (f for f in Path(".cache/data").glob("*spoiled*") if f.is_dir())
+    file = max((f for f in folder.iterdir() if f.is_file()), key=lambda f: f.stat().st_size)
+    file.write_bytes(file.read_bytes()[:-100])
+    assert str(file.name) in refused(capsys, "train", "--data.path", "spoiled")
+
+
+def test_model_and_data_of_other_sizes(capsys: pytest.CaptureFixture[str]):
+    assert "model.length and data.length" in refused(capsys, "train", "--data.length", 64)
+    assert "model.vocab" in refused(capsys, "train", "--model.vocab", 128)
+
+
+@pytest.mark.parametrize("place_", ["small.py", "small.py/below", "/proc/shardlab"])
+def test_a_run_folder_that_cannot_be_written(place_: str, capsys: pytest.CaptureFixture[str]):
+    said = refused(capsys, "train", "--runs", place_)
+    assert "cannot be written" in said
+    assert "--runs" in said
+
+
+def test_a_file_where_the_runs_of_a_name_belong(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    (tmp_path / "small").touch()
+    assert "cannot be written" in refused(capsys, "train", "--runs", tmp_path)
+    assert (tmp_path / "small").is_file()
+
+
+def test_more_devices_than_present(capsys: pytest.CaptureFixture[str]):
+    words = ("--devices.kind", "present", "--devices.count", 9, "--mesh.data", 9)
+    said = refused(capsys, "train", *words)
+    assert "asks for 9 devices, but 8 are present" in said
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (("--processes.count", 2), "processes.coordinator"),
+        (("--processes.coordinator", "127.0.0.1:1", "--processes.count", 3), "split evenly over 3 processes"),
+        (("--processes.coordinator", "auto"), "--processes.count"),
+        (("--processes.coordinator", "here", "--processes.count", 2), "host:port"),
+        (
+            ("--processes.coordinator", "127.0.0.1:1", "--processes.count", 2, "--processes.index", 2),
+            "from 0 to 1",
+        ),
+    ],
+)
+def test_processes(
+    words: tuple[object, ...], says: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(devices, "_connect", lambda *_: pytest.fail("it tried to connect"))
+    assert says in refused(capsys, "train", *words)
+
+
+def test_the_command_itself_shows_no_traceback(home: Path):
+    process = start(home, "train", "small.py", "--runs", "runs", "--mesh.data", 4)
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert said.count("\n") == 1
+    assert not (home / "runs").exists()
+    process = start(home, "explain", "small.py", "--mesh.data", 4, "--debug")
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert "Traceback" in said

@@ -1,0 +1,195 @@
+"""`shardlab explain`: every array is named with what put it where, the bytes are the real ones, no device is touched."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import pytest
+
+from experiments import assemble, cli
+from experiments.config import Experiment, load
+from experiments.explanation import explain, explain_step
+from experiments.overrides import apply
+from experiments.tables import human
+from sharding.partitioner import Auto
+from tests.small import ROOT
+
+CONFIGS = sorted(p for p in (ROOT / "configs").glob("*.py") if not p.stem.startswith("_"))
+
+SPLITS = {
+    "quickstart": (),
+    "sequence": ("--rules", "data | fsdp | tensor | sequence"),
+    "zero1": ("--rules", "zero1 | tensor", "--mesh.data", "4", "--mesh.fsdp", "1"),
+    "zero2": ("--rules", "zero2 | tensor", "--mesh.data", "4", "--mesh.fsdp", "1"),
+    "data": ("--rules", "data", "--mesh.data", "8", "--mesh.fsdp", "1", "--mesh.tensor", "1"),
+}
+
+
+def quickstart(*overrides: str) -> Experiment:
+    """The quickstart with two narrow layers, overridden."""
+    small = ("--model.layers", "2", "--model.embed", "32", "--model.head-dim", "8", "--model.mlp", "64")
+    return apply(load(ROOT / "configs" / "quickstart.py"), (*small, *overrides))
+
+
+def on_devices(tree: Any) -> int:
+    """Bytes that the first device holds of a tree of arrays."""
+    shards = (s for x in jax.tree.leaves(tree) for s in x.addressable_shards if s.device == jax.devices()[0])
+    return sum(s.data.nbytes for s in shards)
+
+
+@pytest.mark.parametrize("name", SPLITS)
+def test_bytes_per_device_are_those_of_the_real_arrays(name: str):
+    e = quickstart(*SPLITS[name])
+    told = json.loads(json.dumps(explain(e, 8).to_json()))
+    step = assemble.train_step(e, jax.devices())
+    state = step.init(0)
+    for path, array in state["params"].items():
+        (line,) = (x for x in told["lines"] if x["kind"] == "parameter" and x["path"] == path)
+        assert line["bytes_per_device"] == on_devices(array), path
+        assert tuple(line["shape"]) == array.shape
+        assert line["names"] == list(step.tree[path].names)
+        spec = tuple(array.sharding.spec) + (None,) * array.ndim
+        real = [() if a is None else (a,) if isinstance(a, str) else tuple(a) for a in spec[: array.ndim]]
+        assert [tuple(d) for d in line["dims"]] == real
+    counters = sum(x.nbytes for x in jax.tree.leaves(state["optimizer"]) if x.ndim == 0)
+    assert told["bytes_per_device"]["optimizer"] == on_devices(state["optimizer"]) - counters
+    assert told["bytes_per_device"]["parameter"] == on_devices(state["params"])
+    assert told["parameters"] == sum(x.size for x in state["params"].values())
+
+
+@pytest.mark.parametrize("name", SPLITS)
+def test_every_split_dim_names_its_rule_and_every_whole_array_its_reason(name: str):
+    told = explain(quickstart(*SPLITS[name]), 8)
+    assert {line.kind for line in told.lines} == {"parameter", "gradient", "optimizer", "batch", "activation"}
+    for line in told.lines:
+        placed = {(p.name, p.axis): p for p in line.placed}
+        for dim, axes in zip(line.names, line.dims, strict=True):
+            for axis in axes:
+                file, _, number = placed[dim, axis].source.rpartition(":")
+                assert (ROOT / file).read_text().splitlines()[int(number) - 1].strip() in (
+                    "@rule",
+                    f"def {placed[dim, axis].rule.partition('(')[0]}(",
+                )
+        assert bool(line.whole) == (not any(line.dims)), line
+    if name == "data":
+        assert all("no rule names" in line.whole for line in told.of("parameter"))
+    if name == "sequence":
+        assert any("sequence() left length whole" in note for line in told.lines for note in line.notes)
+
+
+def test_gathered_parameters_say_so():
+    lines = {line.path: line for line in explain(quickstart(), 8).of("parameter")}
+    table = lines["table"]
+    assert (table.layout, table.in_use, table.gathered) == (
+        "vocab/tensor embed/fsdp",
+        "vocab/tensor embed",
+        ("fsdp",),
+    )
+
+
+def test_what_is_explained_is_what_runs():
+    """Without devices, on devices, and in the jaxpr that the compiled step is made from."""
+    e = quickstart()
+    step = assemble.train_step(e, jax.devices())
+    there, here = explain(e, 8), explain_step(e, step)
+    assert there.collectives == here.collectives
+    assert there.lines == here.lines
+    assert there.forward_flops == here.forward_flops > 0
+    traced = 0
+    update = step.update
+
+    def counted(*arguments: Any) -> Any:
+        nonlocal traced
+        traced += 1
+        return update(*arguments)
+
+    step.update = counted  # pyright: ignore[reportAttributeAccessIssue]
+    step.step = jax.jit(step.update, donate_argnums=0, out_shardings=(step.state_shardings(), None))
+    explain_step(e, step)
+    batch = {k: jax.numpy.zeros(x.shape, x.dtype) for k, x in step.abstract_batch(e.batch).items()}
+    step.step(step.init(0), jax.device_put(batch, step.batch_shardings()))
+    assert traced == 1, "the run traces its step a second time"
+
+
+def test_xlas_partitioner_lists_no_collectives(capsys: pytest.CaptureFixture[str]):
+    e = dataclasses.replace(quickstart(), partitioner=Auto())
+    assert explain(e, 8).collectives == ()
+    assert cli.main(["explain", str(ROOT / "configs" / "quickstart.py"), "--partitioner", "auto"]) == 0
+    assert "none can be listed before" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda p: p.stem)
+def test_the_command_prints_every_array_and_writes_json(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    out = tmp_path / "new" / "told.json"
+    assert cli.main(["explain", str(config), "--json", str(out)]) == 0
+    said, told = capsys.readouterr().out, json.loads(out.read_text())
+    for line in told["lines"]:
+        if line["kind"] == "gradient" or line["kind"] == "optimizer":
+            continue
+        (row, *_) = (
+            x
+            for x in said.splitlines()
+            if line["path"] in x.split() and "x".join(map(str, line["shape"])) in x
+        )
+        assert human(line["bytes_per_device"]) in row
+        for placed in line["placed"]:
+            if placed["size"] > 1:
+                assert f"{placed['name']}/{placed['axis']} by {placed['rule']} {placed['source']}" in row
+    for kind, what in (("gradient", "Gradients"), ("optimizer", "Optimizer state")):
+        assert f"{what}: {human(told['bytes_per_device'][kind])} per device" in said
+    assert "rules/data.py:" in said
+    assert "\x1b" not in said
+
+
+PROBE = """
+import sys
+from experiments import cli
+code = cli.main(["explain", sys.argv[1]])
+from jax._src import xla_bridge
+print("started:", sorted(xla_bridge._backends), code)
+"""
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda p: p.stem)
+def test_no_backend_is_started_and_it_is_quick(config: Path, tmp_path: Path):
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", PROBE, str(config)],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env=environment,
+        check=True,
+    )
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert done.stdout.splitlines()[-1] == "started: [] 0"
+    spent = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    assert spent < 6, f"{spent:.1f} s of CPU time"
+    assert not list(tmp_path.iterdir()), "explain wrote something"
+
+
+@pytest.mark.parametrize("split", ["quickstart", "sequence", "zero2"])
+def test_tables_fit_120_columns(
+    split: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "120")
+    assert cli.main(["explain", str(ROOT / "configs" / "quickstart.py"), *SPLITS[split]]) == 0
+    said = capsys.readouterr().out
+    told = explain(apply(load(ROOT / "configs" / "quickstart.py"), SPLITS[split]), 8)
+    rows = said.splitlines()
+    assert max(map(len, rows)) <= 120
+    for line in (*told.of("parameter"), *told.of("activation")):
+        (row, *_) = (x for x in rows if line.path in x.split() and "x".join(map(str, line.shape)) in x)
+        assert human(line.bytes_per_device) in row, "a row is wrapped"

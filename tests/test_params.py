@@ -1,0 +1,77 @@
+"""The abstract tree: what a model declares before any array exists, and the initial values that derive from it."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import sharding.params
+from models.transformer_config import TransformerConfig
+from sharding.errors import InputError
+from sharding.params import bind, declare, initial, matrices, normal, ones, param, stack, values
+
+SMALL = TransformerConfig(vocab=16, layers=2, embed=8, heads=2, kv_heads=1, head_dim=4, mlp=12, length=8)
+
+
+class Block(nnx.Module):
+    """A matrix and a scale."""
+
+    def __init__(self) -> None:
+        self.weight = param("embed mlp", (4, 8), normal(1.0))
+        self.scale = param("mlp", (8,), ones)
+
+
+class Stacked(nnx.Module):
+    """Three blocks in one."""
+
+    def __init__(self) -> None:
+        self.layers = stack(Block(), 3)
+
+
+def test_a_stacked_block_has_a_leading_dim_with_a_name() -> None:
+    tree = declare(Stacked())
+    assert {p: (s.names, s.shape) for p, s in tree.items()} == {
+        "layers.weight": (("layers", "embed", "mlp"), (3, 4, 8)),
+        "layers.scale": (("layers", "mlp"), (3, 8)),
+    }
+    assert matrices(tree) == {"layers.weight": True, "layers.scale": False}
+
+
+def test_large_arrays_are_drawn_the_same_as_small_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    tree = declare(SMALL.build())
+    flat = jax.jit(lambda: initial(tree, 3))()
+    monkeypatch.setattr(sharding.params, "FLAT_UP_TO", 0)
+    shaped = jax.jit(lambda: initial(tree, 3))()
+    for path in tree:
+        np.testing.assert_array_equal(flat[path], shaped[path])
+
+
+def test_initial_values_depend_on_seed_and_path_alone() -> None:
+    tree = declare(SMALL.build())
+    first, other = initial(tree, 0), initial(tree, 1)
+    alone = initial({"table": tree["table"]}, 0)
+    np.testing.assert_array_equal(first["table"], alone["table"])
+    assert not np.array_equal(first["table"], other["table"])
+    assert not np.array_equal(first["layers.attention.k"], first["layers.attention.v"])
+
+
+def test_bound_arrays_are_what_the_model_holds() -> None:
+    model = Stacked()
+    arrays = {p: jnp.zeros(s.shape, s.dtype) for p, s in declare(model).items()}
+    held = values(bind(model, arrays))
+    assert all(held[p] is arrays[p] for p in arrays)
+    assert isinstance(values(model)["layers.weight"], jax.ShapeDtypeStruct), "the template holds no arrays"
+
+
+def test_a_parameter_without_names_is_refused() -> None:
+    class Bare(nnx.Module):
+        def __init__(self) -> None:
+            self.weight = nnx.Param(jnp.zeros((2, 2)))
+
+    with pytest.raises(InputError, match=r"weight carries no names.*sharding\.params\.param"):
+        declare(Bare())
+    with pytest.raises(InputError, match=r"names 1 dims \(embed\) for a shape of 2 dims"):
+        param("embed", (2, 3), ones)
