@@ -51,7 +51,8 @@ Hold = Callable[..., jax.Array]
 
 def rms_norm(x_BLD: jax.Array, scale_D: jax.Array, eps: float) -> jax.Array:
     """x / sqrt(mean(x^2) + eps) * scale over the last dim, in float32 (Zhang & Sennrich 2019)."""
-    return x_BLD * lax.rsqrt(jnp.mean(x_BLD * x_BLD, axis=-1, keepdims=True) + eps) * scale_D
+    x = x_BLD.astype(jnp.float32)
+    return (x * lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps) * scale_D).astype(x_BLD.dtype)
 
 
 def rope_tables(length: int, head_dim: int, theta: float) -> tuple[jax.Array, jax.Array]:
@@ -99,13 +100,19 @@ def _attend(
     k, v = k_BLJK.transpose(0, 2, 1, 3), v_BLJK.transpose(0, 2, 1, 3)
     out, powers, totals = [], [], []
     for start, stop in _query_blocks(L, blocks):
-        s = jnp.einsum("bjnk,bjmk->bjnm", q[:, :, start * G : stop * G], k[:, :, :stop])
+        s = jnp.einsum(
+            "bjnk,bjmk->bjnm",
+            q[:, :, start * G : stop * G],
+            k[:, :, :stop],
+            preferred_element_type=jnp.float32,
+        )
         position = start + jnp.arange((stop - start) * G) // G
         # An added bias, not a select: XLA:CPU fuses it into the product.
         s = s + jnp.where(position[:, None] >= jnp.arange(stop), 0.0, -1e30).astype(s.dtype)
         e = jnp.exp(s - s.max(axis=-1, keepdims=True))
         total = e.sum(axis=-1, keepdims=True)
-        out.append(jnp.einsum("bjnm,bjmk->bjnk", e, v[:, :, :stop]) / total)
+        e = e.astype(q.dtype)
+        out.append((jnp.einsum("bjnm,bjmk->bjnk", e, v[:, :, :stop]) / total).astype(q.dtype))
         powers.append(e)
         totals.append(total)
     o = jnp.concatenate(out, axis=2)
@@ -125,7 +132,7 @@ def _attention_backward(blocks: int, saved: tuple[Any, ...], do_BLHK: jax.Array)
     q, k, v, o, total, powers = saved
     (L, K), (J, H) = k.shape[2:], (k.shape[1], do_BLHK.shape[2])
     G = H // J
-    do = _by_kv_head(do_BLHK, J) / total
+    do = (_by_kv_head(do_BLHK, J) / total).astype(q.dtype)
     mean = (do * o).sum(axis=-1, keepdims=True)
     dq, dk, dv = [], jnp.zeros_like(k.mT), jnp.zeros_like(v.mT)
     for (start, stop), e in zip(_query_blocks(L, blocks), powers, strict=True):
@@ -165,7 +172,8 @@ def loss_fn(w: Weights, batch: dict[str, jax.Array], sizes: Sizes, hold: Hold, t
     """Mean cross-entropy in nats over all tokens. `hold(x, *dims)` pins an activation's layout where that helps;
     `together` joins q, k, v: worth it only where it saves collectives (attention_study.md).
     """
-    cos, sin = rope_tables(sizes.length, sizes.head_dim, sizes.theta)
+    cos, sin = (t.astype(sizes.dtype) for t in rope_tables(sizes.length, sizes.head_dim, sizes.theta))
+    w = {name: x.astype(sizes.dtype) if x.ndim > 1 else x for name, x in w.items()}
     x = hold(jnp.take(w["embedding"], batch["tokens"], axis=0), "batch")
     for i in range(sizes.layers):
         p = partial("layer_{}.{}".format, i)
@@ -180,7 +188,7 @@ def loss_fn(w: Weights, batch: dict[str, jax.Array], sizes: Sizes, hold: Hold, t
         gate, up = gate_up_together(h, w, p, hold)
         x = hold(x + hold((jax.nn.silu(gate) * up) @ w[p("down")], "batch"), "batch")
     x = rms_norm(x, w["norm"], sizes.norm_eps)
-    logits = hold(x @ w["unembedding"], "batch", None, "tensor")
+    logits = hold(x @ w["unembedding"], "batch", None, "tensor").astype(jnp.float32)
     # A comparison rather than a gather: as fast, and it stays local where the vocabulary is split.
     hit = batch["labels"][..., None] == jnp.arange(sizes.vocab)
     return jnp.mean(jax.nn.logsumexp(logits, axis=-1) - jnp.where(hit, logits, 0.0).sum(axis=-1))

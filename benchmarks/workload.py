@@ -27,7 +27,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # also for an interpreter without shardlab
 
-from experiments.malloc import keep_freed_memory  # noqa: E402
+from experiments.malloc import keep_freed_memory
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,7 @@ class Sizes:
     batch: int = 16
     length: int = 256
     theta: float = 10_000.0
+    dtype: str = "float32"
     norm_eps: float = 1e-6
     steps: int = 1000
     warmup: int = 20
@@ -54,6 +55,20 @@ class Sizes:
     eps: float = 1e-8
     weight_decay: float = 0.1
     clip: float = 1.0
+
+
+TRANSFORMER_85M = Sizes(
+    embed=768,
+    layers=12,
+    heads=12,
+    kv_heads=12,
+    head_dim=64,
+    mlp=2048,
+    batch=32,
+    length=1024,
+    dtype="bfloat16",
+)
+"""The sizes of configs/transformer_85m.py, for an accelerator."""
 
 
 def weight_shapes(sizes: Sizes) -> dict[str, tuple[int, ...]]:
@@ -95,4 +110,11 @@ def sample_batch(sizes: Sizes, seed: int = 0) -> dict[str, np.ndarray]:
     return {"tokens": walk[:, :-1].astype(np.int32), "labels": walk[:, 1:].astype(np.int32)}
 
 
-__all__ = ["Sizes", "initial_weights", "keep_freed_memory", "sample_batch", "weight_shapes"]
+__all__ = [
+    "TRANSFORMER_85M",
+    "Sizes",
+    "initial_weights",
+    "keep_freed_memory",
+    "sample_batch",
+    "weight_shapes",
+]

@@ -21,7 +21,7 @@ CACHE = Path(".cache")
 """Token files and compiled programs, rebuilt when they are not there."""
 
 
-def train_step(experiment: Experiment, devices: Sequence[jax.Device] | int) -> TrainStep:
+def train_step(experiment: Experiment, devices: Sequence[Any] | int) -> TrainStep:
     """The compiled step of an experiment on devices, or on a number of devices that are not there (to trace only)."""
     from sharding.layout import Layouts
     from sharding.mesh import abstract_mesh, device_mesh

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Any
 
 from experiments.config import Devices
+from experiments.record_schema import RecordError
 from sharding.errors import InputError
-
-if TYPE_CHECKING:
-    import jax
-
 
 @dataclass(frozen=True)
 class Processes:
@@ -25,7 +26,7 @@ class Processes:
     """This process, from 0."""
 
 
-def start(devices: Devices, processes: Processes | None = None) -> list[jax.Device]:
+def start(devices: Devices, processes: Processes | None = None) -> list[Any]:
     """Start jax's backend as asked for and return the run's devices, those of every process.
 
     Pretend devices are CPU devices that share this machine's cores, split evenly over the processes. Raises InputError
@@ -115,6 +116,33 @@ def _connect(processes: Processes, devices: Devices) -> None:
         jax.distributed.initialize(processes.coordinator, processes.count, processes.index)
 
 
+@contextmanager
+def together(processes: Processes) -> Iterator[None]:
+    """An error inside ends this process for good, and with it the others, who would wait for it in a collective.
+
+    jax leaves only when all processes do, so Python's own end is cut short, after every message is out.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if processes.coordinator:
+            code = (
+                2
+                if isinstance(error, (InputError, RecordError))
+                else 130
+                if isinstance(error, KeyboardInterrupt)
+                else 1
+            )
+            atexit.register(_leave, code)
+        raise
+
+
+def _leave(code: int) -> None:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
 def cache_compilations(folder: str) -> None:
     """Keep compiled programs in a folder, so that the same step starts at once the next time.
 
@@ -122,7 +150,7 @@ def cache_compilations(folder: str) -> None:
     """
     import jax
 
-    if jax.config.jax_compilation_cache_dir:
+    if jax.config.values.get("jax_compilation_cache_dir"):
         return
     os.makedirs(folder, exist_ok=True)
     jax.config.update("jax_compilation_cache_dir", folder)

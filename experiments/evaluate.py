@@ -47,6 +47,7 @@ def sample(step: TrainStep, params: Any, dataset: Dataset, ask: Sample, length: 
 
     ids = dataset.encode(ask.prompt) or [0]
     sharding = step.batch_shardings()["tokens"]
+    assert sharding is not None, "a model writes on a mesh, be it of one device"
     rows = math.prod(step.split.layouts.sizes[axis] for axis in step.inputs["tokens"].dims[0])
     whole = NamedSharding(sharding.mesh, PartitionSpec())
 

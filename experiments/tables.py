@@ -145,7 +145,10 @@ def _arrays(
         *(["placed by"] if piped else []),
     )  # fmt: skip
     for line in lines:
-        name = f"{line.source} {line.path}" if line.source else line.path
+        source = (
+            line.source if piped else line.source.rpartition("/")[2]
+        )  # two directories less fit in a window
+        name = f"{source} {line.path}" if source else line.path
         cells = (name, _shape(line), _lies(line, marks), human(line.bytes_per_device))
         table.add_row(*cells, *([_placed(line)] if piped else []))
     console.print(table)

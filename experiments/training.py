@@ -86,15 +86,16 @@ def train(
     folder = run_folder.to_resume(experiment, resume, runs)
     if folder is None:
         run_folder.check_writable(runs)
-    run = _checked(experiment, origin, processes, began)
-    if folder is None:
-        place = run_folder.new(experiment, runs, makes=run.first)
-    else:
-        place = contextlib.nullcontext(run_folder.agreed(folder))
-    from experiments.progress import Progress
+    with devices.together(processes):
+        run = _checked(experiment, origin, processes, began)
+        if folder is None:
+            place = run_folder.new(experiment, runs, makes=run.first)
+        else:
+            place = contextlib.nullcontext(run_folder.agreed(folder))
+        from experiments.progress import Progress
 
-    with place as folder, Progress(experiment.steps, shows=run.first) as show:
-        return _run(run, folder, resume != "never", show)
+        with place as folder, Progress(experiment.steps, shows=run.first) as show:
+            return _run(run, folder, resume != "never", show)
 
 
 def _checked(experiment: Experiment, origin: Origin, processes: devices.Processes, began: float) -> Run:
@@ -215,9 +216,8 @@ def _reporter(run: Run, records: Records, events: Events, show: Progress) -> Any
         run.told.tokens, 3 * run.told.forward_flops, None if rate is None else rate * len(run.devices)
     )
     schedule = run.experiment.optimizer.schedule(run.experiment.steps)
-    return Reporter(
-        run.experiment.steps, work, run.dataset.facts, records, events, show, schedule, run.devices[0]
-    )
+    mine = next(d for d in run.devices if d.process_index == run.process)
+    return Reporter(run.experiment.steps, work, run.dataset.facts, records, events, show, schedule, mine)
 
 
 def _introduce(run: Run, folder: Path, show: Progress) -> None:

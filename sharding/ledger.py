@@ -33,7 +33,8 @@ KINDS = {
 @dataclass(frozen=True)
 class Collective:
     """One collective of a traced step. `bytes` are those that each device sends in one step, all repeats together, on
-    a ring: (n-1)/n of the larger side, twice that for an all-reduce."""
+    a ring: (n-1)/n of the larger side, twice that for an all-reduce.
+    """
 
     kind: str
     axes: tuple[str, ...]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -16,8 +17,8 @@ from sharding.errors import InputError
 _AUTO = (AxisType.Auto,) * len(AXES)  # an Explicit mesh refuses manual regions whose inputs lie otherwise
 
 
-def device_mesh(shape: MeshShape, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A mesh of `shape` over `devices` (all of them by default), -1 filled.
+def device_mesh(shape: MeshShape, devices: Sequence[Any] | None = None) -> Mesh:
+    """A mesh of `shape` over `devices` (`jax.Device`s; all of them by default), -1 filled.
 
     On one fast network the order follows the hardware (`mesh_utils.create_device_mesh`). With `shape.slices` > 1 the
     outermost axes are laid across islands, which are TPU slices where devices have a `slice_index`, processes

@@ -10,7 +10,7 @@ import math
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, Protocol, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -18,8 +18,19 @@ from flax import nnx
 
 from sharding.errors import InputError
 
+class Model(Protocol):
+    """What a model is to the step: a Flax NNX module that says what it reads and sums its loss."""
+
+    inputs: dict[str, Entry]
+    """Entries of a batch, by name."""
+
+    def loss(self, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        """Global sums over a batch: "loss", "weight" by which it is divided, and any others to be reported as means."""
+        ...
+
+
 Init = Callable[[jax.Array, tuple[int, ...], jnp.dtype], jax.Array]
-M = TypeVar("M", bound=nnx.Module)
+M = TypeVar("M")
 
 
 FLAT_UP_TO = 2**24
@@ -102,7 +113,7 @@ def stack(block: M, n: int) -> M:
     return block
 
 
-def declare(model: nnx.Module) -> dict[str, ParamSpec]:
+def declare(model: Any) -> dict[str, ParamSpec]:
     """The abstract tree of a model, path -> ParamSpec; also tells each parameter its path."""
     tree: dict[str, ParamSpec] = {}
     for keys, variable in nnx.to_flat_state(nnx.state(model, nnx.Param)):
@@ -127,7 +138,7 @@ def matrices(tree: Mapping[str, ParamSpec]) -> dict[str, bool]:
 
 def bind(model: M, arrays: Mapping[str, jax.Array]) -> M:
     """A copy of `model` whose parameters hold `arrays` (path -> array); the paths must be the model's own."""
-    graph, state = nnx.split(model)
+    graph, state = nnx.split(model)  # type: ignore[arg-type]  (M is a module: a protocol cannot say so)
     flat = [
         (k, v.replace(arrays[".".join(map(str, k))]) if isinstance(v, nnx.Param) else v)
         for k, v in nnx.to_flat_state(state)
@@ -135,7 +146,7 @@ def bind(model: M, arrays: Mapping[str, jax.Array]) -> M:
     return nnx.merge(graph, nnx.from_flat_state(flat))
 
 
-def values(model: nnx.Module) -> dict[str, jax.Array]:
+def values(model: Any) -> dict[str, jax.Array]:
     """The arrays that a model's parameters hold now, path -> array."""
     return {".".join(map(str, k)): v.get_value() for k, v in nnx.to_flat_state(nnx.state(model, nnx.Param))}
 

@@ -129,7 +129,7 @@ class Rule:
 
     def place(self, ask: Ask) -> Mapping[str, Split]:
         """What this rule wants for one array: name -> Split."""
-        placing = getattr(self, ask.role)
+        placing: Placing = getattr(self, ask.role)
         wanted = placing(ask) if callable(placing) else {n: s for n, s in placing.items() if n in ask.names}
         splits = {n: Split(s) if isinstance(s, str) else s for n, s in wanted.items()}
         for name, split in splits.items():

@@ -20,9 +20,9 @@ from flax import nnx
 from jax import Array, lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from sharding.errors import InputError
+from sharding.accumulate import accumulated
 from sharding.layout import Layout, Layouts, ParamLayouts
-from sharding.params import ParamSpec, bind, declare, initial
+from sharding.params import Model, ParamSpec, bind, declare, initial
 from sharding.partitioner import Manual, Partitioner
 from sharding.region import Region, enter, wide
 from sharding.relayout import finish, relayout, vary, varying
@@ -55,7 +55,7 @@ class TrainStep:
     """
 
     def __init__(
-        self, model: nnx.Module, optimizer: optax.GradientTransformation, split: Split, clip: float = math.inf
+        self, model: Model, optimizer: optax.GradientTransformation, split: Split, clip: float = math.inf
     ):
         self.model, self.optimizer, self.split, self.clip = model, optimizer, split, clip
         self.tree: dict[str, ParamSpec] = declare(model)
@@ -136,7 +136,8 @@ class TrainStep:
         held = {p: self._lies(w, self.layouts[p].optimizer) for p, w in state["params"].items()}
         with jax.numpy_dtype_promotion("standard"):  # optax raises floats to its integer count
             updates, moments = self.optimizer.update(grads, state["optimizer"], held)
-        params = self._at_rest(optax.apply_updates(held, updates))
+        updated: Any = optax.apply_updates(held, updates)
+        params = self._at_rest(updated)
         return {"params": params, "optimizer": moments, "step": state["step"] + 1}, metrics
 
     def _gradients(
@@ -183,7 +184,7 @@ class TrainStep:
                 (_, sums), grads = jax.value_and_grad(self._sums, has_aux=True)(held, batch)
             return {p: self._scatter(p, g) for p, g in grads.items()}, sums
 
-        grads, sums = self._accumulated(one, batch)
+        grads, sums = accumulated(one, batch, self.split.accumulate, "consecutive")
         grads = {p: self._reduce(p, g) for p, g in grads.items()}
         squares = {}
         for p, g in grads.items():
@@ -203,35 +204,14 @@ class TrainStep:
                 (_, sums), grads = jax.value_and_grad(self._sums, has_aux=True)(params, batch)
             return {p: self._lies(g, self.layouts[p].gradient) for p, g in grads.items()}, sums
 
-        grads, sums = self._accumulated(one, batch)
+        order = "consecutive" if self.split.mesh is None else "interleaved"
+        grads, sums = accumulated(one, batch, self.split.accumulate, order)
         scale, metrics = self._finished(
             sums, jnp.sqrt(sum(jnp.sum(jnp.square(wide(g))) for g in grads.values()))
         )
         return {
             p: self._lies(g, self.layouts[p].optimizer) * scale.astype(g.dtype) for p, g in grads.items()
         }, metrics
-
-    def _accumulated(self, one, batch):
-        """Gradients and sums of `one` over micro-batches: consecutive rows of what this device (or the mesh) holds."""
-        n = self.split.accumulate
-        if n == 1:
-            return one(batch)
-        rows = next(iter(batch.values())).shape[0]
-        if rows % n:
-            raise InputError(
-                f"{rows} rows on a device cannot be accumulated in {n} micro-batches. Make the batch a multiple of "
-                f"accumulate x the devices that split it, or accumulate a divisor of {rows}."
-            )
-        parts = {k: self._micro(x, n) for k, x in batch.items()}
-        first = one({k: x[0] for k, x in parts.items()})
-        add = lambda total, part: (jax.tree.map(jnp.add, total, one(part)), None)
-        return lax.scan(add, first, {k: x[1:] for k, x in parts.items()})[0]
-
-    def _micro(self, x: Array, n: int) -> Array:
-        # Interleaved under XLA's partitioner, so that every micro-batch keeps rows on every device.
-        if isinstance(self.split.partitioner, Manual) or self.split.mesh is None:
-            return x.reshape(n, x.shape[0] // n, *x.shape[1:])
-        return jnp.swapaxes(x.reshape(x.shape[0] // n, n, *x.shape[1:]), 0, 1)
 
     def _partial(self, g: Array, layout: Layout) -> frozenset[str]:
         return varying(g) - frozenset(layout.axes)

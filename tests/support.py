@@ -103,9 +103,8 @@ def _drawn(roles: Mapping[str, Any]) -> Rule:
     return Rule(**roles)
 
 
-def custom(**roles: Mapping[str, Any]) -> Rules:
+def custom(**roles: Any) -> Rules:
     """A rule made on the spot from drawn mappings, a role each."""
-
     return _drawn(roles)
 
 
@@ -117,11 +116,16 @@ class Remembered(NamedTuple):
 
 def remembering(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
     """The optimizer, with the gradient it was given kept in the state: one compiled step then shows all that a test
-    compares."""
-    keep = optax.GradientTransformation(
-        lambda params: Remembered(jax.tree.map(jnp.zeros_like, params)),
-        lambda g, s, p=None: (g, Remembered(g)),
-    )
+    compares.
+    """
+
+    def init(params: Any) -> Any:
+        return Remembered(jax.tree.map(jnp.zeros_like, params))
+
+    def update(updates: Any, state: Any, params: Any = None) -> Any:
+        return updates, Remembered(updates)
+
+    keep = optax.GradientTransformation(init, update)
     return optax.chain(keep, optimizer)
 
 
@@ -264,8 +268,8 @@ Named = tuple[str, Any]
 class Through:
     """A function of parameters and activations, run through the named ops on a mesh, and what it gives.
 
-    `call(params, inputs)` gets both by key and returns one array whose dims are `out`. With `mesh` None it runs as plain
-    jax.numpy on one device. `weigh` is the cotangent of the result.
+    `call(params, inputs)` gets both by key and returns one array whose dims are `out`. With `mesh` None it runs as
+    plain jax.numpy on one device.
     """
 
     def __init__(
@@ -322,7 +326,8 @@ class Through:
         """Parameters and inputs where they lie."""
         if self.mesh is None:
             return jax.tree.map(jnp.array, (self.params, self.inputs))
-        shardings = jax.tree.map(lambda spec: NamedSharding(self.mesh, spec), self._specs())
+        mesh = self.mesh
+        shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), self._specs())
         return jax.device_put((self.params, self.inputs), shardings)
 
     def value(self) -> np.ndarray:

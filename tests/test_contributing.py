@@ -1,4 +1,4 @@
-"""The worked files of CONTRIBUTING.md, copied out of it into a folder elsewhere and used there as a reader would."""
+"""The worked files of CONTRIBUTING.md, copied into a folder elsewhere and used there; what pages show and link to is there."""
 
 from __future__ import annotations
 
@@ -87,6 +87,23 @@ def test_a_worked_file_passes_the_checks_that_the_page_asks_for(name: str) -> No
             command, cwd=ROOT, input=EXAMPLES[name], capture_output=True, text=True, check=False
         )
         assert ran.returncode == 0, ran.stdout + ran.stderr
+
+
+def test_the_readme_shows_a_config_and_a_rule_as_they_are() -> None:
+    shown = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    there = ("configs/quickstart.py", "sharding/rules/fsdp.py")
+    for code, path in zip(shown, there, strict=True):
+        assert (ROOT / path).read_text(encoding="utf-8").endswith(code), f"README.md shows another {path}"
+
+
+def test_every_link_leads_somewhere() -> None:
+    pages = [ROOT / "README.md", PAGE, ROOT / "CHANGELOG.md", *(ROOT / "docs").rglob("*.md")]
+    links = [(p, to) for p in pages for to in re.findall(r"\]\(([^)#]+)", p.read_text(encoding="utf-8"))]
+    assert len(links) > 20
+    missing = [
+        f"{p.relative_to(ROOT)}: {to}" for p, to in links if "://" not in to and not (p.parent / to).exists()
+    ]
+    assert not missing
 
 
 def test_the_rule_keeps_the_contract_of_a_rule_file(mine: Any) -> None:

@@ -1,4 +1,4 @@
-"""The named einsum: right for any layouts, under both partitioners, with the bytes that its plan states, and the fewest."""
+"""The named einsum: right for any layouts under both partitioners, with the bytes its plan states, and the fewest."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import math
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -60,7 +61,10 @@ def through(case: CASE, partitioner: Partitioner = Manual()) -> Through:  # noqa
     terms, result = parse(spec)
     named = {k: (" ".join(t), a) for t, (k, a) in zip(terms, drawn["arrays"].items(), strict=True)}
     params = {list(named)[-1]: named.pop(list(named)[-1])} if drawn["param"] else {}
-    call = lambda p, x: einsum(spec, *(p[k] if k in p else x[k] for k in drawn["arrays"]))
+
+    def call(p, x):
+        return einsum(spec, *(p[k] if k in p else x[k] for k in drawn["arrays"]))
+
     return Through(call, params, named, " ".join(result), rules, MESH, partitioner)
 
 
@@ -68,7 +72,7 @@ def expected(case: CASE) -> dict[str, np.ndarray]:
     """Value and gradients by numpy alone."""
     spec, drawn, _ = case
     terms, result = parse(spec)
-    letter = dict(zip(NAMES, "abcd", strict=True))
+    letter: dict[str, str] = dict(zip(NAMES, "abcd", strict=True))
     short, out = ["".join(letter[n] for n in t) for t in terms], "".join(letter[n] for n in result)
     arrays = list(drawn["arrays"].values())
     value = np.einsum(f"{','.join(short)}->{out}", *arrays)
@@ -112,7 +116,10 @@ def test_value_and_gradients_for_many_layouts(case: CASE, partitioner: Partition
 def _lie(made: Through, case: CASE) -> list[Any]:
     """Layouts of the operands as the contraction finds them: a parameter's is that of its use."""
     terms, _ = parse(case[0])
-    lies = lambda key, names: made.lies[key].compute if key in made.lies else made.layouts.activation(names)
+
+    def lies(key, names):
+        return made.lies[key].compute if key in made.lies else made.layouts.activation(names)
+
     return [lies(key, names).dims for key, names in zip(case[1]["arrays"], terms, strict=True)]
 
 
@@ -207,7 +214,10 @@ def _traced(rules: Rules, spec: str) -> list[tuple[str, tuple[str, ...], int]]:
     sizes = {"batch": B, "length": L, "embed": D, "mlp": F, "vocab": V}
     terms, result = parse(spec)
     x, w = (np.zeros([sizes[n] for n in t], np.float32) for t in terms)
-    call = lambda p, i: einsum(spec, i["x"], p["w"])
+
+    def call(p, i):
+        return einsum(spec, i["x"], p["w"])
+
     made = Through(
         call, {"w": (" ".join(terms[1]), w)}, {"x": (" ".join(terms[0]), x)}, " ".join(result), rules, MESH
     )
@@ -226,7 +236,7 @@ def test_known_layouts_send_what_the_literature_says() -> None:
     assert _traced(data() | tensor(), COLUMN) == []
     assert _traced(both, COLUMN) == [gathered]
     assert _traced(both, ROW) == [gathered, reduced]
-    # sequence parallelism: an all-gather before the columns and a reduce-scatter after the rows, half an all-reduce each
+    # sequence parallelism: a gather before the columns, a reduce-scatter after the rows, half an all-reduce each
     assert _traced(both | sequence(), COLUMN) == [
         gathered,
         ("all-gather", ("tensor",), TOKENS // N * (N - 1)),
@@ -244,7 +254,9 @@ def test_known_layouts_send_what_the_literature_says() -> None:
 
 
 def test_a_global_sum_is_one_all_reduce_of_a_number() -> None:
-    call = lambda p, i: einsum("batch length ->", i["x"])
+    def call(p, i):
+        return einsum("batch length ->", i["x"])
+
     rules = data() | fsdp() | sequence()
     made = Through(call, {}, {"x": ("batch length", np.ones((8, 8), np.float32))}, "", rules, MESH)
     assert [(c.kind, sorted(c.axes), c.bytes) for c in made.traced()] == [
@@ -264,21 +276,24 @@ REFUSED = {
 @pytest.mark.parametrize("spec", REFUSED)
 def test_a_malformed_text_is_refused(spec: str) -> None:
     with pytest.raises(InputError) as caught:
-        einsum(spec, np.zeros((2, 2)), np.zeros((2, 2)))
+        einsum(spec, jnp.zeros((2, 2)), jnp.zeros((2, 2)))
     assert all(word in str(caught.value) for word in REFUSED[spec])
     assert repr(spec) in str(caught.value)
 
 
 def test_operands_that_are_not_what_the_text_says_are_refused() -> None:
     x, w = np.zeros((8, 8), np.float32), ("embed mlp", np.zeros((8, 16), np.float32))
-    made = lambda spec, *more: Through(
-        lambda p, i: einsum(spec, i["x"], p["w"], *more),
-        {"w": w},
-        {"x": ("batch embed", x)},
-        "batch mlp",
-        data(),
-        MESH,
-    )
+
+    def made(spec, *more):
+        return Through(
+            lambda p, i: einsum(spec, i["x"], p["w"], *more),
+            {"w": w},
+            {"x": ("batch embed", x)},
+            "batch mlp",
+            data(),
+            MESH,
+        )
+
     with pytest.raises(InputError, match="2 operands but got 3"):
         made("batch embed, embed mlp -> batch mlp", x).traced()
     with pytest.raises(
@@ -293,7 +308,10 @@ def test_operands_that_are_not_what_the_text_says_are_refused() -> None:
 
 def test_a_result_that_does_not_divide_is_refused() -> None:
     x = np.zeros((8, 8), np.float32)
-    call = lambda p, i: einsum("batch embed, embed mlp -> batch mlp", i["x"], p["w"])
+
+    def call(p, i):
+        return einsum("batch embed, embed mlp -> batch mlp", i["x"], p["w"])
+
     w = ("embed mlp", np.zeros((8, 7), np.float32))
     rules = data() | custom(activation={"mlp": "tensor"})
     with pytest.raises(InputError, match="does not divide"):

@@ -36,9 +36,9 @@ KEEP = Manual(gathered="keep")
 def traced(
     rules: Rules,
     mesh: MeshShape,
-    partitioner: Partitioner = Manual(),
+    partitioner: Partitioner = Manual(),  # noqa: B008 (a frozen value)
     accumulate: int = 1,
-    config: Any = SCAN,  # noqa: B008
+    config: Any = SCAN,
 ) -> tuple[TrainStep, list[Collective]]:
     step = make_step(config, rules, mesh, partitioner, accumulate)
     return step, collectives(
@@ -178,7 +178,10 @@ MESH = MeshShape(data=2, fsdp=4)
 def local(body: Callable[[Any], Any], out: PartitionSpec, times: int = 1) -> list[Collective]:
     """Collectives of a function of a local (4, 8) float32, split by fsdp in its first dim, in a loop of `times`."""
     inside = jax.shard_map(body, mesh=device_mesh(MESH), in_specs=PartitionSpec("fsdp"), out_specs=out)
-    whole = lambda x: lax.scan(lambda c, _: (c, inside(x)), jnp.zeros(()), None, length=times)[1]
+
+    def whole(x):
+        return lax.scan(lambda c, _: (c, inside(x)), jnp.zeros(()), None, length=times)[1]
+
     return collectives(trace(whole, jax.ShapeDtypeStruct((16, 8), jnp.float32)), MESH.sizes())
 
 
@@ -228,7 +231,10 @@ def test_products_are_counted_with_their_loops_and_backward() -> None:
     x, w = jax.ShapeDtypeStruct((4, 8), jnp.float32), jax.ShapeDtypeStruct((8, 8), jnp.float32)
     once = 2 * 4 * 8 * 8
     assert flops(trace(jnp.dot, x, w)) == once
-    looped = lambda x, w: lax.scan(lambda x, _: (x @ w, None), x, None, length=3)[0]
+
+    def looped(x, w):
+        return lax.scan(lambda x, _: (x @ w, None), x, None, length=3)[0]
+
     assert flops(trace(looped, x, w)) == 3 * once
     both = jax.grad(lambda w, x: jnp.sum(looped(x, w)))
     assert flops(trace(both, w, x)) in (8 * once, 9 * once)  # the first product's input needs no gradient

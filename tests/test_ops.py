@@ -1,4 +1,4 @@
-"""Every named op computes on a mesh what it computes on one device, value and gradients, for layouts drawn and chosen."""
+"""Every named op computes on a mesh what it computes on one device: values and gradients, many layouts."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ from sharding.rules.sequence import sequence
 from sharding.rules.tensor import tensor
 from tests.support import (
     Named,
-    Trained,
     Through,
+    Trained,
     assert_same,
     batches,
     custom,
@@ -163,7 +163,9 @@ SPLIT_TWICE = custom(activation={"length": also("data")}) | custom(activation={"
 
 @pytest.mark.parametrize("rules", [*LENGTHS, SPLIT_TWICE, data()], ids=range(4))
 def test_positions_count_the_whole_length(rules: Rules) -> None:
-    call = lambda p, x: x["x"] + positions(x["x"], "batch length").astype(jnp.float32)[None, :]
+    def call(p, x):
+        return x["x"] + positions(x["x"], "batch length").astype(jnp.float32)[None, :]
+
     made = Through(
         call, {}, {"x": ("batch length", np.zeros((4, 16), np.float32))}, "batch length", rules, MESH
     )
@@ -183,7 +185,10 @@ def test_rope_turns_by_the_global_position(rules: Rules, partitioner: Partitione
 
 def test_rope_is_a_rotation_whose_products_depend_on_the_distance_alone() -> None:
     x, y = normal(8), normal(8)
-    turn = lambda v: Through(*ROPE[:2], {"x": (HEADS, np.tile(v, (1, 16, 1, 1)))}, HEADS).value()[0, :, 0]
+
+    def turn(v):
+        return Through(*ROPE[:2], {"x": (HEADS, np.tile(v, (1, 16, 1, 1)))}, HEADS).value()[0, :, 0]
+
     products = turn(x) @ turn(y).T
     for distance in range(4):
         diagonal = np.diagonal(products, distance)
@@ -250,7 +255,7 @@ def test_query_heads_that_key_heads_do_not_divide_are_refused() -> None:
 
 # what does not divide
 
-UNEVEN = {
+UNEVEN: dict[str, tuple[Call, dict[str, Named], dict[str, Named], str]] = {
     "embed": (EMBED[0], {"w": ("vocab embed", normal(16, 6))}, EMBED[2], "batch length embed"),
     "rms_norm of a projection": (
         lambda p, x: rms_norm(

@@ -25,6 +25,7 @@ import sharding.ops
 import sharding.relayout
 import sharding.step
 from configs import quickstart
+from experiments.optimizers import AdamW
 from models.mlp import MLP
 from sharding.axes import MeshShape
 from sharding.errors import InputError
@@ -189,6 +190,7 @@ def test_initial_parameters_are_those_of_one_device_to_the_bit(model: str, case:
 def test_adamw_of_the_quickstart_makes_the_same_updates(partitioner: Partitioner) -> None:
     # A gradient near zero has a sign that rounding decides and AdamW makes it a whole step: judged by the whole leaf.
     config, adamw = MODELS["mlp"], quickstart.config().optimizer
+    assert isinstance(adamw, AdamW)
     made = [
         train(
             make_step(config, *split, clip=adamw.clip, optimizer=adamw.build(10)),
@@ -262,7 +264,10 @@ def test_in_double_precision_only_rounding_is_left(
     config = MODELS[model]
     if hasattr(config, "dtype"):
         config = dataclasses.replace(config, dtype="float64")
-    widen = lambda x: x.astype(np.float64) if np.issubdtype(x.dtype, np.floating) else x
+
+    def widen(x):
+        return x.astype(np.float64) if np.issubdtype(x.dtype, np.floating) else x
+
     params = jax.tree.map(widen, initial_params(MODELS[model]))
     rows = jax.tree.map(widen, batches(config, 2))
     with jax.enable_x64(True):
@@ -388,7 +393,7 @@ def test_a_planted_fault_departs_from_one_device(fault: str, monkeypatch: pytest
     want = oracle(config, 3)
     monkeypatch.setattr(where, name, planted)
     found = train(make_step(config, rules, SMALL_MESH), initial_params(config), batches(config, 1))
-    with pytest.raises(AssertionError, match="departs|loss|grad_norm"):
+    with pytest.raises(AssertionError, match=r"departs|loss|grad_norm"):
         assert_same(found, want._replace(metrics=want.metrics[:1], gradients=want.gradients[:1]), 100 * BOUND)
     assert worst(found.gradients[0], want.gradients[0])[0] > 100 * BOUND, (
         "by the gradients, not by a metric alone"
@@ -400,5 +405,5 @@ def test_a_fault_that_gradients_hide_is_seen_in_the_update() -> None:
     step = make_step(config, *PLANT, optimizer=optax.sgd(0.1001))
     found = train(step, initial_params(config), batches(config, 1))
     assert worst(found.gradients[0], want.gradients[0])[0] < BOUND
-    with pytest.raises(AssertionError, match="parameter .* departs"):
+    with pytest.raises(AssertionError, match=r"parameter .* departs"):
         assert_same(found, want, BOUND)

@@ -23,14 +23,17 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def meeting_place(processes: int) -> tuple[object, ...]:
+    """Flags that name a free port."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    return ("--processes.coordinator", f"127.0.0.1:{port}", "--processes.count", processes)
+
+
 def launch(home: Path, name: str, processes: int, *words: object) -> tuple[Path, list[str]]:
     """Train with so many processes into runs `name`; the run folder and what each printed."""
-    meeting: tuple[object, ...] = ()
-    if processes > 1:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        meeting = ("--processes.coordinator", f"127.0.0.1:{port}", "--processes.count", processes)
+    meeting = meeting_place(processes) if processes > 1 else ()
     running = [
         start(
             home, "train", "small.py", "--runs", name, *words, *meeting, *(("--processes.index", i) if meeting else ()),
@@ -111,3 +114,19 @@ def test_two_processes_of_two_devices_agree_with_one_of_four_to_rounding(home: P
     there, here = losses(alone), losses(both)
     assert list(here) == list(there)
     np.testing.assert_allclose(list(here.values()), list(there.values()), rtol=2e-5)
+
+
+@pytest.mark.parametrize("faulty", [0, 1])
+def test_when_one_process_cannot_go_on_none_waits_for_it(home: Path, faulty: int):
+    """The data of one process are not there: it says so and leaves, and the others do not hang in a collective."""
+    meeting = (*TWO, "--runs", f"faulty{faulty}", *meeting_place(2), "--processes.index")
+    given = {faulty: ("--data.path", "gone")}
+    running = [start(home, "train", "small.py", *meeting, i, *given.get(i, ())) for i in (0, 1)]
+    try:
+        said = [process.communicate(timeout=60)[0] for process in running]
+    finally:
+        for process in running:
+            process.kill()
+    assert running[faulty].returncode == 2
+    assert "shardlab: There is no text at 'gone'" in said[faulty]
+    assert running[1 - faulty].returncode != 0

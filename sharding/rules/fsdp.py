@@ -8,5 +8,6 @@ from sharding.rule import Rule, also, first_dim, rule
 @rule
 def fsdp(axis: str = "fsdp") -> Rule:
     """Split batch, parameters, gradients and optimizer state over `axis`. A parameter is gathered for its use and its
-    gradient reduce-scattered: 3P(n-1)/n elements per device when it is gathered again for the backward pass."""
+    gradient reduce-scattered: 3P(n-1)/n elements per device when it is gathered again for the backward pass.
+    """
     return Rule(param=first_dim(axis), activation={"batch": also(axis)})

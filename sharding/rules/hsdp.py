@@ -9,5 +9,6 @@ from sharding.rules.fsdp import fsdp
 
 def hsdp(outer: str = "data", inner: str = "fsdp") -> Rules:
     """Parameters split over `inner` and replicated over `outer`: gradients are reduce-scattered over `inner`, then only
-    the shard is all-reduced over `outer`."""
+    the shard is all-reduced over `outer`.
+    """
     return data(outer) | fsdp(inner)

@@ -8,5 +8,6 @@ from sharding.rule import Rule, if_free, rule
 @rule
 def sequence(axis: str = "tensor") -> Rule:
     """Split the length over `axis` wherever the array leaves it free (norms, residuals): the tensor split's all-reduces
-    become a reduce-scatter and an all-gather of the same bytes, and the residual stream takes 1/n of the memory."""
+    become a reduce-scatter and an all-gather of the same bytes, and the residual stream takes 1/n of the memory.
+    """
     return Rule(activation={"length": if_free(axis)})

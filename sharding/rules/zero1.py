@@ -8,5 +8,6 @@ from sharding.rule import Rule, also, first_dim, rule
 @rule
 def zero1(axis: str = "data") -> Rule:
     """Split the batch and the optimizer's state over `axis`: whole gradients, each device updates its part, parameters
-    are gathered after the update."""
+    are gathered after the update.
+    """
     return Rule(optimizer=first_dim(axis), activation={"batch": also(axis)})

@@ -1,0 +1,48 @@
+"""Gradient accumulation: one batch in several micro-batches, summed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Literal, TypeVar
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from sharding.errors import InputError
+
+T = TypeVar("T")
+Order = Literal["consecutive", "interleaved"]
+
+
+def accumulated(
+    one: Callable[[Mapping[str, Array]], T], batch: Mapping[str, Array], n: int, order: Order
+) -> T:
+    """Sum of `one` over `n` micro-batches of a batch: arrays whose first dim counts the rows held here.
+
+    order: micro-batch i takes "consecutive" rows (of what a device holds, inside a manual region), or rows i, i + n,
+    ... "interleaved", so that under XLA's partitioner each micro-batch keeps rows on every device. Raises InputError
+    when the rows do not divide.
+    """
+    if n == 1:
+        return one(batch)
+    rows = next(iter(batch.values())).shape[0]
+    if rows % n:
+        raise InputError(
+            f"{rows} rows on a device cannot be accumulated in {n} micro-batches. Make the batch a multiple of "
+            f"accumulate x the devices that split it, or accumulate a divisor of {rows}."
+        )
+    parts = {name: _parts(x, n, order) for name, x in batch.items()}
+    first = one({name: x[0] for name, x in parts.items()})
+
+    def add(total: T, part: Mapping[str, Array]) -> tuple[T, None]:
+        return jax.tree.map(jnp.add, total, one(part)), None
+
+    return lax.scan(add, first, {name: x[1:] for name, x in parts.items()})[0]
+
+
+def _parts(x: Array, n: int, order: Order) -> Array:
+    size, rest = x.shape[0] // n, x.shape[1:]
+    return (
+        x.reshape(n, size, *rest) if order == "consecutive" else jnp.swapaxes(x.reshape(size, n, *rest), 0, 1)
+    )
