@@ -14,6 +14,7 @@ from experiments.config import Devices
 from experiments.record_schema import RecordError
 from sharding.errors import InputError
 
+
 @dataclass(frozen=True)
 class Processes:
     """This process's place among several. Under SLURM, Open MPI or on a TPU pod jax finds it by itself ("auto")."""

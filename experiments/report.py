@@ -13,7 +13,7 @@ STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #1a1a1a }
 h1 { font-size: 1.5rem } h2 { font-size: 1.1rem; margin-top: 2rem } table { border-collapse: collapse }
 td, th { text-align: left; padding: .15rem 1rem .15rem 0; vertical-align: top } td.n { font-variant-numeric: tabular-nums }
-pre { background: #f5f5f2; padding: 1rem; overflow-x: auto; font-size: .85rem } img { max-width: 100% }
+pre { background: #f5f5f2; padding: 1rem; overflow-x: auto; font-size: .85rem } img { width: 38rem; max-width: 100% }
 """
 
 

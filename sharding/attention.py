@@ -18,6 +18,7 @@ def rope(x: Array, names: str, theta: float = 10000.0) -> Array:
     The first half of the last dim is rotated against its second half, in float32.
     """
     words = tuple(names.split())
+    x, lies = whole(x, names, words[-1])  # a rotation pairs the two halves of the last dim
     half = x.shape[-1] // 2
     frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
     angle = positions(x, names).astype(jnp.float32)[:, None] * frequency[None, :]
@@ -25,7 +26,7 @@ def rope(x: Array, names: str, theta: float = 10000.0) -> Array:
     shape[words.index("length")], shape[-1] = x.shape[words.index("length")], half
     cos, sin = jnp.cos(angle).reshape(shape), jnp.sin(angle).reshape(shape)
     a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([a * cos - b * sin, a * sin + b * cos], axis=-1).astype(x.dtype)
+    return back(jnp.concatenate([a * cos - b * sin, a * sin + b * cos], axis=-1).astype(x.dtype), names, lies)
 
 
 def attention(q: Array, k: Array, v: Array) -> Array:
@@ -38,10 +39,10 @@ def attention(q: Array, k: Array, v: Array) -> Array:
     q, lies = whole(q, of_q, "length", "head_dim")
     region = current()
     if region is not None and region.manual:
-        same = region.dims(tuple(of_kv.split()))[2] == lies[2]
-        full = ("length", "head_dim") if same else ("length", "head_dim", "kv_heads")
-        k, _ = whole(k, of_kv, *full)
-        v, _ = whole(v, of_kv, *full)
+        src = region.dims(tuple(of_kv.split()))
+        same = src[2] == lies[2]
+        dst = (lies[0], (), src[2] if same else (), ())  # the batch as the queries have it
+        k, v = region.move(k, src, dst), region.move(v, src, dst)
         if not same:
             k, v = (_heads_of(q, x, lies[2]) for x in (k, v))
     if q.shape[2] % k.shape[2]:

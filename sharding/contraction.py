@@ -2,8 +2,9 @@
 
 A mesh axis can do one of two things while the product is computed: split one of the einsum's names, or nothing. Every
 assignment of axes gives a correct plan: operands are gathered or sliced to it, the product is taken locally, sums over
-a split name are reduced, and the result is brought to its layout. Of the plans with the fewest local products (no
-device repeats another's work where it can be avoided) the one wins in which each device sends the fewest bytes forward.
+a split name are reduced, and the result is brought to its layout. A parameter is used as the rules' `compute` role lays
+it out. Of the plans with the fewest local products (no device repeats another's work where it can be avoided) the one
+wins in which each device sends the fewest bytes forward.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from sharding.errors import InputError
@@ -57,92 +58,108 @@ def parse(spec: str) -> tuple[tuple[Names, ...], Names]:
     return terms, result
 
 
-def plan(
-    spec: str,
-    layouts: tuple[Dims, ...],
-    shapes: tuple[tuple[int, ...], ...],
-    itemsizes: tuple[int, ...],
-    wanted: Dims,
-    sizes: Mapping[str, int],
-) -> Plan:
-    """The cheapest plan for operands that lie by `layouts` with *local* `shapes`, and a result that must lie by `wanted`.
+@dataclass(frozen=True)
+class Contraction:
+    """A named contraction as it stands on each device, before anything moves."""
 
-    `itemsizes` are bytes per element of the operands; the result has the widest of them. Raises InputError when a dim
-    that the result's layout splits does not divide.
-    """
-    return _plan(spec, layouts, shapes, itemsizes, wanted, tuple(sizes.items()))
+    spec: str
+    layouts: tuple[Dims, ...]
+    """How each operand lies."""
+    shapes: tuple[tuple[int, ...], ...]
+    """*Local* shape of each operand."""
+    itemsizes: tuple[int, ...]
+    """Bytes per element of each operand; the result has the widest."""
+    wanted: Dims
+    """How the result must lie."""
+    sizes: tuple[tuple[str, int], ...]
+    """Mesh axes and their devices."""
+    held: tuple[frozenset[Dims], ...] = ()
+    """For each operand, layouts to which it has been brought already: they cost nothing again."""
+    fixed: tuple[bool, ...] = ()
+    """Operands that are not gathered as long as any plan does without: parameters, which the rules' `compute` role
+    splits on purpose."""
+
+    def priced(self) -> Iterator[Plan]:
+        """Every plan that divides, one an assignment of axes to names."""
+        terms, result = parse(self.spec)
+        where: dict[str, dict[str, None]] = {}
+        for names, dims in [*zip(terms, self.layouts, strict=True), (result, self.wanted)]:
+            for name, axes in zip(names, dims, strict=True):
+                for axis in axes:
+                    where.setdefault(axis, {})[name] = None
+        sizes = dict(self.sizes)
+        axes = [a for a in where if sizes[a] > 1]
+        for choice in itertools.product(*([*where[a], None] for a in axes)):
+            made = self._price(dict(zip(axes, choice, strict=True)), sizes)
+            if made is not None:
+                yield made
+
+    def gathers_fixed(self, made: Plan) -> bool:
+        """Whether a plan gathers a fixed operand: one of its dims loses an axis."""
+        kept = [at for at, keep in enumerate(self.fixed) if keep]
+        moves = [pair for at in kept for pair in zip(self.layouts[at], made.operands[at], strict=True)]
+        return any(have != want[: len(have)] for have, want in moves)
+
+    def whole(self) -> dict[str, int]:
+        """Global size of each name; InputError when two operands disagree."""
+        terms, _ = parse(self.spec)
+        sizes, found = dict(self.sizes), {}
+        for names, dims, shape in zip(terms, self.layouts, self.shapes, strict=True):
+            for name, axes, n in zip(names, dims, shape, strict=True):
+                size = n * math.prod(sizes[a] for a in axes)
+                if found.setdefault(name, size) != size:
+                    raise InputError(
+                        f"einsum {self.spec!r}: {name!r} is {found[name]} in one operand and {size} in the other (whole "
+                        f"sizes; local shapes {self.shapes}, layouts {self.layouts}). An operand does not lie as its "
+                        f"names say."
+                    )
+        return found
+
+    def _price(self, choice: dict[str, str | None], sizes: dict[str, int]) -> Plan | None:
+        """The plan in which each axis splits the name that `choice` gives it; None when a dim does not divide."""
+        terms, result = parse(self.spec)
+        whole = self.whole()
+        order = [a for dims in (*self.layouts, self.wanted) for dim in dims for a in dim]
+        split = {n: tuple(dict.fromkeys(a for a in order if choice.get(a) == n)) for n in whole}
+        local = {}
+        for name, size in whole.items():
+            parts = math.prod(sizes[a] for a in split[name])
+            if size % parts:
+                return None
+            local[name] = size // parts
+        if any(
+            whole[n] % math.prod(sizes[a] for a in dim) for n, dim in zip(result, self.wanted, strict=True)
+        ):
+            return None
+        targets = tuple(tuple(split[n] for n in names) for names in terms)
+        held = self.held or (frozenset(),) * len(targets)
+        operands = zip(self.shapes, self.itemsizes, self.layouts, targets, held, strict=True)
+        sent = sum(
+            relayout_bytes(math.prod(shape) * item, src, dst, sizes)
+            for shape, item, src, dst, free in operands
+            if dst not in free
+        )
+        produced = tuple(split[n] for n in result)
+        partial = tuple(a for n in whole if n not in result for a in split[n])
+        out = math.prod(local[n] for n in result) * max(self.itemsizes)
+        sent += finish_bytes(out, partial, produced, self.wanted, sizes)
+        return Plan(targets, partial, produced, sent, math.prod(local.values()))
 
 
 @functools.lru_cache(maxsize=4096)
-def _plan(spec, layouts, shapes, itemsizes, wanted, sizes_items) -> Plan:
-    sizes = dict(sizes_items)
-    terms, result = parse(spec)
-    whole = _global_sizes(spec, terms, layouts, shapes, sizes)
-    where: dict[str, dict[str, None]] = {}
-    for names, dims in [*zip(terms, layouts, strict=True), (result, wanted)]:
-        for name, axes in zip(names, dims, strict=True):
-            for axis in axes:
-                where.setdefault(axis, {})[name] = None
-    axes = [a for a in where if sizes[a] > 1]
-    best: Plan | None = None
-    for choice in itertools.product(*([*where[a], None] for a in axes)):
-        made = _price(
-            dict(zip(axes, choice, strict=True)),
-            terms,
-            result,
-            layouts,
-            shapes,
-            itemsizes,
-            wanted,
-            sizes,
-            whole,
-        )
-        if made is not None and (best is None or (made.products, made.bytes) < (best.products, best.bytes)):
-            best = made
-    if best is None:
+def plan(asked: Contraction) -> Plan:
+    """The plan with the fewest local products, and among those with the fewest bytes.
+
+    Raises InputError when a dim that the result's layout splits does not divide.
+    """
+    plans = list(asked.priced())
+    # Two parameters may disagree about an axis: one of them has to be gathered then.
+    plans = [made for made in plans if not asked.gathers_fixed(made)] or plans
+    if not plans:
+        whole = asked.whole()
         raise InputError(
-            f"einsum {spec!r}: the result's layout {wanted} does not divide its dims "
-            f"{tuple(whole[n] for n in result)} on the mesh {sizes}. Make the dims multiples of the axes that split them."
+            f"einsum {asked.spec!r}: the result's layout {asked.wanted} does not divide its dims "
+            f"{tuple(whole[n] for n in parse(asked.spec)[1])} on the mesh {dict(asked.sizes)}. Make the dims multiples of "
+            f"the axes that split them."
         )
-    return best
-
-
-def _global_sizes(spec, terms, layouts, shapes, sizes) -> dict[str, int]:
-    whole: dict[str, int] = {}
-    for names, dims, shape in zip(terms, layouts, shapes, strict=True):
-        if len(names) != len(shape):
-            raise InputError(
-                f"einsum {spec!r}: the operand {' '.join(names)!r} has {len(names)} names but {len(shape)} dims."
-            )
-        for name, axes, n in zip(names, dims, shape, strict=True):
-            size = n * math.prod(sizes[a] for a in axes)
-            if whole.setdefault(name, size) != size:
-                raise InputError(
-                    f"einsum {spec!r}: {name!r} is {whole[name]} in one operand and {size} in the other (whole sizes; "
-                    f"local shapes {shapes}, layouts {layouts}). An operand does not lie as its names say."
-                )
-    return whole
-
-
-def _price(choice, terms, result, layouts, shapes, itemsizes, wanted, sizes, whole) -> Plan | None:
-    """Cost of the plan in which each axis splits the name that `choice` gives it; None when it cannot be done."""
-    order = [a for dims in (*layouts, wanted) for dim in dims for a in dim]
-    split = {n: tuple(dict.fromkeys(a for a in order if choice.get(a) == n)) for n in whole}
-    local = {}
-    for name, size in whole.items():
-        parts = math.prod(sizes[a] for a in split[name])
-        if size % parts:
-            return None
-        local[name] = size // parts
-    if any(whole[n] % math.prod(sizes[a] for a in dim) for n, dim in zip(result, wanted, strict=True)):
-        return None
-    targets = tuple(tuple(split[n] for n in names) for names in terms)
-    sent = sum(
-        relayout_bytes(math.prod(shape) * item, src, dst, sizes)
-        for shape, item, src, dst in zip(shapes, itemsizes, layouts, targets, strict=True)
-    )
-    produced = tuple(split[n] for n in result)
-    partial = tuple(a for n in whole if n not in result for a in split[n])
-    out = math.prod(local[n] for n in result) * max(itemsizes)
-    sent += finish_bytes(out, partial, produced, wanted, sizes)
-    return Plan(targets, partial, produced, sent, math.prod(local.values()))
+    return min(plans, key=lambda made: (made.products, made.bytes))

@@ -27,9 +27,9 @@ def layers(block: nnx.Module, x: Array, remat: Remat = "none", loop: Loop = "aut
     """Run a stacked block (`sharding.params.stack`) over its layers: `x` goes through `block(x)` once a layer.
 
     remat: what the backward pass finds kept: "none" everything it needs, "dots" products of parameters and activations
-    only, "full" each layer's input only. Whatever it is, parameters that were gathered for use are gathered again when
-    the region's partitioner says `Manual(gathered="regather")`. loop: "scan" compiles one layer, "unroll" all of them,
-    "auto" unrolls few layers on CPU.
+    only, "full" each layer's input only. Parameters that were gathered for use are gathered again when the region's
+    partitioner says `Manual(gathered="regather")`, except in layers unrolled on CPU, where XLA merges both gathers.
+    loop: "scan" compiles one layer, "unroll" all of them, "auto" unrolls few layers on CPU.
     """
     stacked = _whole_stack(block, x)
     depth = next(iter(stacked.values())).shape[0]

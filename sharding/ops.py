@@ -7,12 +7,15 @@ region (local shards, explicit collectives) and XLA's partitioner (global arrays
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array, lax
 
-from sharding.contraction import parse, plan
+from sharding.contraction import Contraction, parse, plan
 from sharding.errors import InputError
 from sharding.layout import Dims
 from sharding.region import Region, current, names_of, tap, value, wide
@@ -33,6 +36,10 @@ def einsum(spec: str, *operands: Operand) -> Array:
     if len(terms) != len(operands):
         raise InputError(f"einsum {spec!r} describes {len(terms)} operands but got {len(operands)}.")
     for names, x in zip(terms, operands, strict=True):
+        if len(names) != value(x).ndim:
+            raise InputError(
+                f"einsum {spec!r}: the operand {' '.join(names)!r} has {len(names)} names but {value(x).ndim} dims."
+            )
         if isinstance(x, nnx.Variable) and names_of(x) != names:
             raise InputError(
                 f"einsum {spec!r} names a parameter's dims {' '.join(names)!r}, but {x.path} was declared as "
@@ -45,18 +52,39 @@ def einsum(spec: str, *operands: Operand) -> Array:
     if region is None or not region.manual:
         taken = [_global(region, x, dtype) for x in operands]
         return tap("einsum", result, _settle(region, jnp.einsum(formula, *taken), result))
-    taken, layouts = _local(region, operands, terms, dtype)
-    wanted = region.dims(result)
-    shapes, items = tuple(x.shape for x in taken), tuple(x.dtype.itemsize for x in taken)
-    best = plan(spec, layouts, shapes, items, wanted, region.layouts.sizes)
-    # what is gathered from every operand is equal on all devices again, and must be typed so
-    stay = (varying(x).difference(*src) for x, src in zip(taken, layouts, strict=True))
-    union = frozenset().union(*stay, *(a for dims in best.operands for a in dims))
-    moved = [
-        region.move(x, src, dst, union) for x, src, dst in zip(taken, layouts, best.operands, strict=True)
+    return tap("einsum", result, _contract(region, spec, formula, operands, dtype))
+
+
+def _contract(
+    region: Region, spec: str, formula: str, operands: tuple[Operand, ...], dtype: jnp.dtype
+) -> Array:
+    """An einsum in the manual region: its plan, then the moves, the local product and the reduction it says."""
+    terms, result = parse(spec)
+    wanted, sizes = region.dims(result), region.layouts.sizes
+    fixed = tuple(isinstance(x, nnx.Variable) for x in operands)
+    arrays = [value(x, dtype) for x in operands]
+    rest, use, shapes = [], [], []
+    for x, array, names in zip(operands, arrays, terms, strict=True):
+        at_rest, in_use = _lies(region, x, names)
+        rest.append(at_rest)
+        use.append(in_use)
+        counts = zip(array.shape, _counts(at_rest, sizes), _counts(in_use, sizes), strict=True)
+        shapes.append(tuple(n * held // used for n, held, used in counts))
+    items, held = tuple(x.dtype.itemsize for x in arrays), tuple(region.held(x) for x in arrays)
+    asked = Contraction(spec, tuple(use), tuple(shapes), items, wanted, tuple(sizes.items()), held, fixed)
+    best = plan(asked)
+    # Over these the product varies: what splits it, and what operands vary over for other reasons than their layout.
+    # An axis that was gathered from every operand is not among them: the result is equal over it, and typed so.
+    other = (varying(x).difference(*lies) for x, lies in zip(arrays, rest, strict=True))
+    union = frozenset().union(*other, *(a for dims in best.operands for a in dims))
+    gathered = [
+        region.move(x, src, dst, union & _axes(src)) if src != dst else x
+        for x, src, dst in zip(arrays, rest, use, strict=True)
     ]
-    product = jnp.einsum(formula, *moved)
-    return tap("einsum", result, finish(product, best.reduce, best.produced, wanted))
+    moved = [
+        region.move(x, src, dst, union) for x, src, dst in zip(gathered, use, best.operands, strict=True)
+    ]
+    return finish(jnp.einsum(formula, *moved), best.reduce, best.produced, wanted)
 
 
 def embed(table: Operand, ids: Array, names: str) -> Array:
@@ -73,7 +101,7 @@ def embed(table: Operand, ids: Array, names: str) -> Array:
         return tap(
             "embed", result, _settle(region, jnp.take(_global(region, table, None), ids, axis=0), result)
         )
-    (held,), (dims,) = _local(region, (table,), ((rows, width),), None, varying(ids))
+    held, dims = _in_use(region, table, (rows, width), varying(ids))
     wanted, lies = region.dims(result), region.dims(into)
     clash = set(dims[0]) | set(dims[1])
     dst = tuple(tuple(a for a in axes if a not in clash) for axes in lies)
@@ -100,7 +128,7 @@ def rms_norm(x: Array, scale: Operand, names: str, eps: float = 1e-6) -> Array:
         weight = _global(region, scale, None)
     else:
         split = region.dims(words)[-1]
-        (held,), (lies,) = _local(region, (scale,), ((words[-1],),), None, varying(x))
+        held, lies = _in_use(region, scale, words[-1:], varying(x))
         weight = region.move(held, lies, (split,), varying(x))
 
     @jax.checkpoint
@@ -195,29 +223,27 @@ def _settle(region: Region | None, x: Array, names: tuple[str, ...]) -> Array:
     return x if region is None or region.manual else region.constrain(x, region.dims(names))
 
 
-def _local(
-    region: Region,
-    operands: tuple[Operand, ...],
-    terms: tuple[tuple[str, ...], ...],
-    dtype: jnp.dtype | None,
-    also_varying: frozenset[str] = frozenset(),
-) -> tuple[list[Array], tuple[Dims, ...]]:
-    """Local operands and their layouts, parameters gathered from rest to the layout of their use."""
-    use = also_varying.union(*(varying(x) for x in operands if not isinstance(x, nnx.Variable)))
-    arrays, layouts = [], []
-    for x, names in zip(operands, terms, strict=True):
-        if isinstance(x, nnx.Variable):
-            lies = region.param(x)
-            rest, dims = lies.param.dims, lies.compute.dims
-            gathered = frozenset(a for dim in rest for a in dim) - frozenset(a for dim in dims for a in dim)
-            array = value(x, dtype)
-            stays = use & gathered
-            arrays.append(region.move(array, rest, dims, stays) if rest != dims else array)
-            layouts.append(dims)
-        else:
-            arrays.append(x)
-            layouts.append(region.dims(names))
-    return arrays, tuple(layouts)
+def _lies(region: Region, x: Operand, names: tuple[str, ...]) -> tuple[Dims, Dims]:
+    """How an operand lies here, and how it is used: a parameter at rest and in its `compute` role."""
+    if isinstance(x, nnx.Variable):
+        layouts = region.param(x)
+        return layouts.param.dims, layouts.compute.dims
+    return region.dims(names), region.dims(names)
+
+
+def _in_use(region: Region, x: Operand, names: tuple[str, ...], beside: frozenset[str]) -> tuple[Array, Dims]:
+    """An operand gathered from rest to its use, and that layout; `beside`: axes over which its neighbour varies."""
+    rest, use = _lies(region, x, names)
+    return region.move(value(x), rest, use, beside & _axes(rest)) if rest != use else value(x), use
+
+
+def _axes(dims: Dims) -> frozenset[str]:
+    return frozenset(a for dim in dims for a in dim)
+
+
+def _counts(dims: Dims, sizes: Mapping[str, int]) -> list[int]:
+    """Devices that split each dim."""
+    return [math.prod(sizes[a] for a in dim) for dim in dims]
 
 
 def _own_rows(ids: Array, axes: tuple[str, ...], rows: int) -> tuple[Array, Array]:

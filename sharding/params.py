@@ -6,17 +6,21 @@ initial values all derive from it. In a train state parameters are one flat dict
 
 from __future__ import annotations
 
+import functools
 import math
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from statistics import NormalDist
 from typing import Any, Protocol, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from sharding.errors import InputError
+
 
 class Model(Protocol):
     """What a model is to the step: a Flax NNX module that says what it reads and sums its loss."""
@@ -38,13 +42,29 @@ FLAT_UP_TO = 2**24
 Above, each device must be able to draw its own part alone."""
 
 
+@functools.cache
+def _quantiles() -> np.ndarray:
+    """The standard normal's quantiles at the middles of 2^16 equal steps of probability, float32, rescaled to variance 1."""
+    upper = [NormalDist().inv_cdf(0.5 + (i + 0.5) / 2**16) for i in range(2**15)]
+    both = np.concatenate([-np.array(upper[::-1]), np.array(upper)])
+    return (both / both.std()).astype(np.float32)
+
+
 def normal(stddev: float) -> Init:
-    """Initializer: normal with this standard deviation, mean 0."""
+    """Initializer: normal with this standard deviation, mean 0, in 2^16 equally likely values (up to 4.3 deviations).
+
+    Random bits choose from a table: integers, a look-up and one product are exact, so the values are bitwise equal on
+    every mesh and platform. A formula is not: compilers contract and vectorize the inverse error function differently
+    for differently split arrays.
+    """
 
     def draw(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
         size = math.prod(shape)
         drawn = (size,) if size <= FLAT_UP_TO else shape
-        return stddev * jax.random.normal(key, drawn, dtype).reshape(shape)
+        chosen = jnp.right_shift(jax.random.bits(key, drawn, jnp.uint32), jnp.uint32(16)).astype(jnp.int32)
+        table = jnp.asarray(_quantiles())
+        taken = jnp.take(table, chosen, axis=0, mode="clip").reshape(shape)
+        return (taken * jnp.float32(stddev)).astype(dtype)
 
     return draw
 

@@ -16,7 +16,7 @@ class Manual:
     gathered: Literal["regather", "keep"] = "regather"
     """What becomes of a parameter gathered for its use in the forward pass: "regather" drops it and gathers again in
     the backward pass (ZeRO-3's 3P of traffic, least memory), "keep" holds it until then (2P, memory of the whole
-    gathered parameters)."""
+    gathered parameters). Layers unrolled on CPU always keep: XLA:CPU merges the two gathers."""
 
 
 @dataclass(frozen=True)

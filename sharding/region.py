@@ -72,6 +72,13 @@ class Region:
             self._memo[key] = held
         return held[2]
 
+    def held(self, x: Array) -> frozenset[Dims]:
+        """Layouts to which `x` has been brought in this trace already."""
+        trace = get_opaque_trace_state(convention="nnx")
+        return frozenset(
+            key[3] for key, entry in self._memo.items() if key[:2] == (id(x), "move") and entry[0] == trace
+        )
+
     def move(self, x: Array, src: Dims, dst: Dims, stays: frozenset[str] = frozenset()) -> Array:
         """`relayout`, once for each array and target; then typed as varying over `stays` too."""
         if src != dst:

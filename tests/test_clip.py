@@ -27,7 +27,9 @@ def updated(rules: Rules, shape: MeshShape, partitioner: Partitioner, clip: floa
     """Parameters after one plain gradient step at rate 1, and the norm that the step reports."""
     sizes = shape.resolve(8 if rules.chain else 1)
     mesh = device_mesh(shape, jax.devices()[: 8 if rules.chain else 1])
-    step = TrainStep(SMALL.build(), optax.sgd(1.0), Split(Layouts(rules, sizes.sizes()), mesh, partitioner), clip)
+    step = TrainStep(
+        SMALL.build(), optax.sgd(1.0), Split(Layouts(rules, sizes.sizes()), mesh, partitioner), clip
+    )
     rng = np.random.default_rng(1)
     rows = {
         "features": rng.standard_normal((16, 8)).astype(np.float32),
