@@ -153,6 +153,7 @@ def compare(split: str, rounds: int, sizes: Sizes) -> dict[str, Any]:
         "min_seconds": {name: min(s) for name, s in seconds.items()},
         "rounds": rounds,
         "dtype": sizes.dtype,
+        "losses": losses,
         "loss_difference": abs(losses["shardlab"] / losses["hand_written"] - 1),
         "load": os.getloadavg()[0],
     }
@@ -282,7 +283,7 @@ def main() -> int:
             if r[what + "_ratio"] > limit
         ]
         over += [f"{split}: losses differ by {r['loss_difference']:.1e}"] * (
-            r["loss_difference"] > LOSS_TOLERANCE
+            r["loss_difference"] > LOSS_TOLERANCE[r["dtype"]]
         )
     document: dict[str, Any] = {"provenance": "measured", "steps": results}
     if asked.starts:

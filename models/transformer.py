@@ -12,6 +12,7 @@ from sharding.errors import InputError
 from sharding.layers import layers
 from sharding.ops import cross_entropy, einsum, embed, rms_norm
 from sharding.params import Entry, normal, ones, param, stack
+from sharding.project import project
 
 
 class Attention(nnx.Module):
@@ -26,15 +27,7 @@ class Attention(nnx.Module):
         self.theta = c.theta
 
     def __call__(self, x_BLD: Array) -> Array:
-        q_BLHK = einsum(
-            "batch length embed, embed heads head_dim -> batch length heads head_dim", x_BLD, self.q
-        )
-        k_BLJK = einsum(
-            "batch length embed, embed kv_heads head_dim -> batch length kv_heads head_dim", x_BLD, self.k
-        )
-        v_BLJK = einsum(
-            "batch length embed, embed kv_heads head_dim -> batch length kv_heads head_dim", x_BLD, self.v
-        )
+        q_BLHK, k_BLJK, v_BLJK = project(x_BLD, "batch length embed", self.q, self.k, self.v)
         q_BLHK = rope(q_BLHK, "batch length heads head_dim", self.theta)
         k_BLJK = rope(k_BLJK, "batch length kv_heads head_dim", self.theta)
         o_BLHK = attention(q_BLHK, k_BLJK, v_BLJK)

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array, lax
 
-from sharding.contraction import Contraction, parse, plan
+from sharding.contraction import Contraction, Plan, parse, plan
 from sharding.errors import InputError
 from sharding.layout import Dims
 from sharding.region import Region, current, names_of, tap, value, wide
@@ -52,17 +53,39 @@ def einsum(spec: str, *operands: Operand) -> Array:
     if region is None or not region.manual:
         taken = [_global(region, x, dtype) for x in operands]
         return tap("einsum", result, _settle(region, jnp.einsum(formula, *taken), result))
-    return tap("einsum", result, _contract(region, spec, formula, operands, dtype))
+    ready = operands_of(region, spec, operands, dtype)
+    product = jnp.einsum(formula, *ready.moved(region))
+    return tap("einsum", result, finish(product, ready.plan.reduce, ready.plan.produced, ready.wanted))
 
 
-def _contract(
-    region: Region, spec: str, formula: str, operands: tuple[Operand, ...], dtype: jnp.dtype
-) -> Array:
-    """An einsum in the manual region: its plan, then the moves, the local product and the reduction it says."""
+@dataclass(frozen=True)
+class Operands:
+    """Operands of an einsum in the manual region, with its plan: ready to be moved and multiplied."""
+
+    arrays: tuple[Array, ...]
+    rest: tuple[Dims, ...]
+    use: tuple[Dims, ...]
+    wanted: Dims
+    plan: Plan
+    union: frozenset[str]
+    """Axes over which the product varies."""
+
+    def moved(self, region: Region) -> list[Array]:
+        """The operands as the plan wants them: parameters gathered for use, then everything gathered or sliced."""
+        gathered = [
+            region.move(x, src, dst, self.union & _axes(src)) if src != dst else x
+            for x, src, dst in zip(self.arrays, self.rest, self.use, strict=True)
+        ]
+        moves = zip(gathered, self.use, self.plan.operands, strict=True)
+        return [region.move(x, src, dst, self.union) for x, src, dst in moves]
+
+
+def operands_of(region: Region, spec: str, operands: tuple[Operand, ...], dtype: jnp.dtype) -> Operands:
+    """Plan an einsum in the manual region; nothing moves yet."""
     terms, result = parse(spec)
     wanted, sizes = region.dims(result), region.layouts.sizes
     fixed = tuple(isinstance(x, nnx.Variable) for x in operands)
-    arrays = [value(x, dtype) for x in operands]
+    arrays = tuple(value(x, dtype) for x in operands)
     rest, use, shapes = [], [], []
     for x, array, names in zip(operands, arrays, terms, strict=True):
         at_rest, in_use = _lies(region, x, names)
@@ -77,14 +100,7 @@ def _contract(
     # An axis that was gathered from every operand is not among them: the result is equal over it, and typed so.
     other = (varying(x).difference(*lies) for x, lies in zip(arrays, rest, strict=True))
     union = frozenset().union(*other, *(a for dims in best.operands for a in dims))
-    gathered = [
-        region.move(x, src, dst, union & _axes(src)) if src != dst else x
-        for x, src, dst in zip(arrays, rest, use, strict=True)
-    ]
-    moved = [
-        region.move(x, src, dst, union) for x, src, dst in zip(gathered, use, best.operands, strict=True)
-    ]
-    return finish(jnp.einsum(formula, *moved), best.reduce, best.produced, wanted)
+    return Operands(arrays, tuple(rest), tuple(use), wanted, best, union)
 
 
 def embed(table: Operand, ids: Array, names: str) -> Array:
