@@ -37,7 +37,7 @@ $(DEV): requirements/dev.txt requirements/base.txt pyproject.toml tools/setup.sh
 
 quickstart: $(BASE) ## train a transformer on 8 pretend devices, then draw its curves
 	$(BIN)/shardlab train configs/quickstart.py
-	$(BIN)/shardlab figures
+	$(BIN)/shardlab figures --out runs/figures
 
 test: $(DEV) ## the tests, without the slow ones
 	$(BIN)/python -m pytest -n $(WORKERS) -m 'not slow' $(TESTS)

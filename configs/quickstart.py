@@ -2,8 +2,8 @@
 
 Claim:    one declaration, data() | fsdp() | tensor(), splits every array of a training run; the run learns real text.
 Command:  shardlab train configs/quickstart.py
-Cost:     under 3 minutes on 2 CPU cores and under 2 GB of memory (expected, to be measured)
-Result:   held-out bits per byte well under the unigram entropy of the same text (expected result to be measured)
+Cost:     2 min 19 s on 2 CPU cores that had other work as well, 1.9 GiB of memory (measured)
+Result:   2.68 bits per byte of held-out text; its bytes' frequencies alone give 4.45, xz 1.38 (measured)
 """
 
 from __future__ import annotations

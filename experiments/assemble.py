@@ -13,7 +13,6 @@ from sharding.axes import AXES, MeshShape
 from sharding.errors import InputError
 
 if TYPE_CHECKING:
-
     from sharding.step import TrainStep
 
 CACHE = Path(".cache")

@@ -24,7 +24,6 @@ see.
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 import shutil
 import time
@@ -33,7 +32,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from experiments.checkpoint_folder import UNFINISHED, lock, missing, move, probe, seal, sealed_steps, sync
+from experiments.checkpoint_folder import UNFINISHED, lock, missing, probe, seal, sealed_steps, sync
+from experiments.checkpoint_orbax import first_line, manager
+from experiments.checkpoint_tidying import clear, retire, tidy
 from experiments.checkpoint_tree import (
     check_savable,
     complete_meta,
@@ -44,9 +45,6 @@ from experiments.checkpoint_tree import (
     summary,
 )
 from sharding.errors import InputError
-
-SET_ASIDE = "set-aside"
-DELETING = "deleting"
 
 
 class CheckpointStore:
@@ -85,7 +83,7 @@ class CheckpointStore:
         probe(self.folder, jax.process_index())
         self._lock = lock(self.folder) if self._primary else None
         if self._primary:
-            self._tidy()
+            self.notes += tidy(self.folder)
 
     def __enter__(self) -> CheckpointStore:
         return self
@@ -225,22 +223,7 @@ class CheckpointStore:
     def _orbax(self) -> Any:
         """The CheckpointManager, made at the first need: Orbax takes a second or more to import."""
         if self._manager is None:
-            import orbax.checkpoint as ocp
-
-            _quieten_orbax()
-            registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
-            for name, handler, args in (
-                ("state", ocp.StandardCheckpointHandler(), (ocp.args.StandardSave, ocp.args.StandardRestore)),
-                ("meta", ocp.JsonCheckpointHandler(), (ocp.args.JsonSave, ocp.args.JsonRestore)),
-            ):
-                for arg in args:
-                    registry.add(name, arg, handler)
-            # No max_to_keep: Orbax deletes in place, and a kill then leaves half a step that looks whole.
-            options = ocp.CheckpointManagerOptions(
-                save_root_metadata=False,
-                async_options=ocp.AsyncOptions(post_finalization_callback=self._seal),
-            )
-            self._manager = ocp.CheckpointManager(self.folder, options=options, handler_registry=registry)
+            self._manager = manager(self.folder, self._seal)
         return self._manager
 
     def _seal(self) -> None:
@@ -256,40 +239,17 @@ class CheckpointStore:
         sync(self.folder)  # or a loss of power could undo the commit after the older steps are gone
         if lack := missing(self.folder / str(step)):
             raise OSError(f"the step was committed, but {lack}")
-        others = [other for other in self.steps() if other != step]
-        for other in others[: max(0, len(others) + 1 - self.keep)]:
-            shutil.rmtree(move(self.folder / str(other), self.folder / DELETING))
-
-    def _tidy(self) -> None:
-        """Finish deletions, drop saves that never committed, and set aside the steps that are not whole."""
-        shutil.rmtree(self.folder / DELETING, ignore_errors=True)
-        for path in sorted(self.folder.iterdir()):
-            if UNFINISHED in path.name:
-                self._drop_unfinished(path)
-            elif path.name.isdecimal() and (lack := missing(path)):
-                self._set_aside(path, lack)
+        retire(self.folder, step, self.keep)
 
     def _make_room_for(self, step: int) -> None:
         """Clear away what is left of an earlier try at ``step``, on the disk and in Orbax's memory of it."""
         if self._primary:
-            path = self.folder / str(step)
-            if path.exists():
-                self._set_aside(path, missing(path))
-            for leftover in self.folder.glob(f"{step}{UNFINISHED}*"):
-                self._drop_unfinished(leftover)
+            self.notes += clear(self.folder, step)
         from orbax.checkpoint import multihost
 
         multihost.sync_global_processes(f"shardlab:room:{step}")
         if step in self._orbax().all_steps():
             self._orbax().reload()
-
-    def _drop_unfinished(self, path: Path) -> None:
-        shutil.rmtree(move(path, self.folder / DELETING))
-        self.notes.append(f"removed the unfinished save {path.name}")
-
-    def _set_aside(self, path: Path, lack: str) -> None:
-        there = move(path, self.folder / SET_ASIDE)
-        self.notes.append(f"set aside step {path.name} as {there.relative_to(self.folder)}: {lack}")
 
     def _check_sealed(self, step: int) -> None:
         if lack := missing(self.folder / str(step)):
@@ -308,7 +268,7 @@ class CheckpointStore:
         except Exception as error:
             raise InputError(
                 f"the checkpoint of step {step} in {self.folder} is sealed but cannot be read: "
-                f"{_line(error)}. Restore another of its sealed steps: "
+                f"{first_line(error)}. Restore another of its sealed steps: "
                 f"{[other for other in self.steps() if other != step]}."
             ) from error
 
@@ -316,22 +276,7 @@ class CheckpointStore:
         """The error of a save that did not come about; the next save starts with a fresh manager."""
         step, self._saving, self._finished, self._manager = self._saving, None, None, None
         return InputError(
-            f"the checkpoint of step {step} could not be written to {self.folder}: {_line(error)}. The "
+            f"the checkpoint of step {step} could not be written to {self.folder}: {first_line(error)}. The "
             f"sealed steps there, {self.steps()}, are as they were. Look at the disk's free space, quota and "
             f"permissions."
         )
-
-
-def _line(error: Exception) -> str:
-    """An error as the head of its first line: tensorstore's and XLA's go on for pages."""
-    text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[0][:300]}" if text else type(error).__name__
-
-
-def _from_elsewhere(record: logging.LogRecord) -> bool:
-    return f"{os.sep}orbax{os.sep}" not in record.pathname
-
-
-def _quieten_orbax() -> None:
-    """Keep Orbax's own log lines out of the terminal; its errors all arrive as exceptions."""
-    logging.getLogger("absl").addFilter(_from_elsewhere)

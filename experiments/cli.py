@@ -70,7 +70,9 @@ def read(argv: Sequence[str], flags: type[F]) -> tuple[Experiment, F, Origin]:
 
     `flags` is a frozen dataclass in the command's file; its fields become flags (those without a default become
     positional, after CONFIG). CONFIG comes first. `--help` prints everything with its default and raises SystemExit(0).
+    A mesh axis given twice is an InputError, as is whatever cannot be read.
     """
+    from experiments.assemble import check_axes
     from experiments.config import load
     from experiments.overrides import groups, parse, plain
     from experiments.run_config import Origin
@@ -90,8 +92,13 @@ def read(argv: Sequence[str], flags: type[F]) -> tuple[Experiment, F, Origin]:
     both = own & {field.name for field in dataclasses.fields(experiment)}
     assert not both, f"{program} has flags that the config has too: {both}"
     options, experiment = parse(program, description, flags, path, experiment, argv[1:])
-    of_config = [group for group in groups(argv[1:]) if plain(group[0]).removeprefix("no_") not in own]
-    return experiment, options, Origin(path, tuple(word for group in of_config for word in group))
+
+    def mine(flag: str) -> bool:  # --json, --no-resume, --processes.count
+        return plain(flag).partition(".")[0].removeprefix("no_") in own
+
+    overrides = tuple(word for group in groups(argv[1:]) if not mine(group[0]) for word in group)
+    check_axes(overrides)
+    return experiment, options, Origin(path, overrides)
 
 
 def read_flags(argv: Sequence[str], flags: type[F]) -> F:

@@ -136,11 +136,28 @@ def _make_importable(file: Path) -> None:
     for name, target in helpers.items():
         spec = importlib.util.find_spec(name)
         origin = Path(spec.origin) if spec and spec.origin and spec.has_location else None
-        if origin is None or not origin.resolve().is_relative_to(target.resolve()):
+        if origin is None or not _same(origin.resolve(), target.resolve()):
             raise InputError(
                 f"it imports {name!r}, and {target} lies beside it, but {name!r} is {origin or 'built into Python'} "
                 f"already and that one would be imported. Rename the file beside the config."
             )
+
+
+def _same(found: Path, target: Path) -> bool:
+    """Whether the module file `found` is the helper `target` (a file or a package folder), or a copy of it.
+
+    A copy, because a run folder holds copies of the helpers beside its config: under `python -m`, which puts the
+    working directory first on the path, the originals are what is imported, and that changes nothing.
+    """
+    if found.is_relative_to(target):
+        return True
+    if target.is_file():
+        return found.read_bytes() == target.read_bytes()
+
+    def sources(folder: Path) -> dict[Path, bytes]:
+        return {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*.py")}
+
+    return found.name == "__init__.py" and sources(found.parent) == sources(target)
 
 
 def _missing(path: Path) -> str:

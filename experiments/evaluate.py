@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from experiments.config import Sample
 from experiments.data.contract import Dataset
@@ -15,10 +15,10 @@ if TYPE_CHECKING:
 
 
 def held_out(step: TrainStep, params: Any, dataset: Dataset, rows: int, batches: int) -> dict[str, float]:
-    """Mean loss over the first `batches` held-out batches of `rows` rows, in nats per token and bits per byte.
+    """Mean loss over the first `batches` held-out batches of `rows` rows, in nats per token (of text) or example.
 
-    Other sums that the model reports are given as means per token under their own names. Bits per byte where the
-    dataset says how many bytes a held-out token stands for.
+    Other sums that the model reports are given as means under their own names, and what they are means over as
+    "tokens" or "examples". "bits_per_byte" where the dataset is text: it says how many bytes a held-out token stands for.
     """
     total: dict[str, float] = {}
     enough = min(batches, -(-dataset.heldout_rows // rows))
@@ -27,11 +27,15 @@ def held_out(step: TrainStep, params: Any, dataset: Dataset, rows: int, batches:
         for name, value in step.evaluate(params, batch).items():
             total[name] = total.get(name, 0.0) + float(value)
     weight = total.pop("weight")
-    means = {name: value / weight for name, value in total.items()} | {"tokens": weight}
-    per_token = getattr(dataset, "bytes_per_token_heldout", None)
-    if per_token:
-        means["bits_per_byte"] = means["loss"] / math.log(2) / per_token
+    means = {name: value / weight for name, value in total.items()} | {unit(dataset): weight}
+    if dataset.bytes_per_token_heldout is not None:
+        means["bits_per_byte"] = means["loss"] / math.log(2) / dataset.bytes_per_token_heldout
     return means
+
+
+def unit(dataset: Dataset) -> Literal["tokens", "examples"]:
+    """What is counted and averaged over: tokens of text, else examples."""
+    return "examples" if dataset.bytes_per_token_heldout is None else "tokens"
 
 
 def sample(step: TrainStep, params: Any, dataset: Dataset, ask: Sample, length: int, seed: int) -> str:

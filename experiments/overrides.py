@@ -49,8 +49,9 @@ def parse(
     defaults: dict[str, Any] = {}
     if flags is not None:
         parts.append(("flags", Annotated[flags, tyro.conf.arg(name="")]))
-        required = [f for f in dataclasses.fields(flags) if _required(f)]
-        defaults["flags"] = tyro.MISSING if required else flags()
+        # Only what has no default is missing: a flags value that were missing whole would lose its other defaults.
+        absent = {f.name: tyro.MISSING for f in dataclasses.fields(flags) if _required(f)}
+        defaults["flags"] = flags(**absent)
     if experiment is not None:
         parts.append(("experiment", Annotated[type(experiment), tyro.conf.arg(name="")]))
         defaults["experiment"] = experiment

@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from experiments.config import Experiment, to_json
 
@@ -17,22 +17,36 @@ pre { background: #f5f5f2; padding: 1rem; overflow-x: auto; font-size: .85rem } 
 """
 
 
-def write_report(folder: Path, experiment: Experiment, facts: dict[str, Any], result: Any) -> Path:
-    """Write report.html, and loss.svg and loss.png where matplotlib is installed, into the run's folder; its path."""
+def write_report(
+    folder: Path,
+    experiment: Experiment,
+    facts: dict[str, Any],
+    result: Any,
+    unit: Literal["tokens", "examples"],
+) -> Path:
+    """Write report.html, and loss.svg and loss.png where matplotlib is installed, into the run's folder; its path.
+
+    `unit` is what losses are means over: bits per byte are told of tokens, nats of examples.
+    """
     from experiments.commands.figures import draw_run
     from experiments.record_schema import RecordError
 
     try:
         draw_run(folder)
-        picture = '<img src="loss.svg" alt="Training and held-out loss against tokens">'
+        picture = '<img src="loss.svg" alt="Training and held-out loss">'
     except RecordError as error:
         picture = f"<p>{html.escape(str(error))}</p>"
     command = (folder / "command.txt").read_text() if (folder / "command.txt").exists() else ""
-    figures = {
-        "updates": result.step,
+    heldout = {
         "held-out bits per byte, measured": _number(result.heldout_bits_per_byte),
         "unigram bits per byte of the same text": _number(facts.get("unigram_bits_per_byte")),
         "xz bits per byte of the same text": _number(facts.get("xz_bits_per_byte")),
+    }
+    if unit == "examples":
+        heldout = {"held-out nats per example, measured": _number(result.heldout_loss)}
+    figures = {
+        "updates": result.step,
+        **heldout,
         "median step, measured": ""
         if result.step_seconds_median is None
         else f"{result.step_seconds_median * 1000:.0f} ms",

@@ -9,23 +9,27 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from experiments.events import Events
 from experiments.progress import Progress, clock
 from experiments.records import Records
 from experiments.tables import human
 
+SHORT = {"tokens": "tok/s", "examples": "examples/s"}
+"""How the rate of a unit is printed."""
+
 
 @dataclass(frozen=True)
 class Work:
-    """What one step is worth: tokens and FLOPs (products, forward and backward, without what remat repeats), and the
-    peak rate of all devices together (FLOP/s, None where it is not known).
+    """What one step is worth: tokens of text (else examples) and FLOPs (products, forward and backward, without what
+    remat repeats), and the peak rate of all devices together (FLOP/s, None where it is not known).
     """
 
-    tokens: int
+    count: int
     flops: int
     peak: float | None
+    unit: Literal["tokens", "examples"] = "tokens"
 
 
 class Reporter:
@@ -108,14 +112,14 @@ class Reporter:
 
     def _step(self, step: int, metrics: dict[str, float], seconds: float | None, stalled: float) -> None:
         rate, rss = float(self._rates[step - 1]), _peak_rss()
-        memory, tokens = self._memory(), None if seconds is None else self.work.tokens / seconds
+        memory, speed = self._memory(), None if seconds is None else self.work.count / seconds
         mfu = None if seconds is None or not self.work.peak else self.work.flops / seconds / self.work.peak
         record = {
             **metrics,
             "learning_rate": rate,
-            "tokens": step * self.work.tokens,
+            self.work.unit: step * self.work.count,
             "step_seconds": seconds,
-            "tokens_per_second": tokens,
+            f"{self.work.unit}_per_second": speed,
             "mfu": mfu,
             "data_wait_seconds": stalled,
             "memory_bytes": memory,
@@ -125,9 +129,9 @@ class Reporter:
         parts = [f"step {step:>{len(str(self.steps))}}/{self.steps}", f"loss {metrics['loss']:.4f}"]
         parts += [f"grad {metrics['grad_norm']:.2f}", f"lr {rate:.1e}"]
         left = ""
-        if seconds is not None and tokens is not None:
+        if seconds is not None and speed is not None:
             left = clock((self.steps - step) * seconds)
-            parts += [f"{human(tokens, 'tok/s', 1000)}", f"{_milliseconds(seconds)}/step"]
+            parts += [f"{human(speed, SHORT[self.work.unit], 1000)}", f"{_milliseconds(seconds)}/step"]
             parts += [f"mfu {'n/a' if mfu is None else f'{mfu:.1%}'}"]
         parts += [f"rss {human(rss)}" if memory is None else f"mem {human(memory)}"]
         parts += [f"eta {left}"] if left and step < self.steps else []
@@ -151,9 +155,10 @@ class Reporter:
             parts += [
                 f"{means['bits_per_byte']:.3f} bits/byte" + (f" ({', '.join(beside)})" if beside else "")
             ]
-        parts += [f"{k} {v:.4f}" for k, v in means.items() if k not in ("loss", "bits_per_byte", "tokens")]
-        tokens = f"{means['tokens']:.0f} {'tokens' if 'bits_per_byte' in means else 'rows'}"
-        self.show.line(f"held out after {step}: {', '.join([*parts, tokens])}", "bold")
+        said = ("loss", "bits_per_byte", self.work.unit)
+        parts += [f"{k} {v:.4f}" for k, v in means.items() if k not in said]
+        over = f"{means[self.work.unit]:.0f} {self.work.unit}"
+        self.show.line(f"held out after {step}: {', '.join([*parts, over])}", "bold")
 
     def _memory(self) -> int | None:
         """Peak bytes in use on this process's first device, where the platform counts them (CPU does not)."""

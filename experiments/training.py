@@ -206,6 +206,7 @@ def _header(run: Run, folder: Path, resumed: int | None) -> Header:
 
 
 def _reporter(run: Run, records: Records, events: Events, show: Progress) -> Any:
+    from experiments.evaluate import unit
     from experiments.peaks import peak
     from experiments.reporting import Reporter, Work
 
@@ -213,7 +214,10 @@ def _reporter(run: Run, records: Records, events: Events, show: Progress) -> Any
     pretend = run.experiment.devices.kind == "pretend"
     rate = None if pretend else peak(run.devices[0].device_kind, dtype)
     work = Work(
-        run.told.tokens, 3 * run.told.forward_flops, None if rate is None else rate * len(run.devices)
+        run.told.tokens,
+        3 * run.told.forward_flops,
+        None if rate is None else rate * len(run.devices),
+        unit(run.dataset),
     )
     schedule = run.experiment.optimizer.schedule(run.experiment.steps)
     mine = next(d for d in run.devices if d.process_index == run.process)
@@ -268,10 +272,11 @@ def _result(run: Run, mine: Path, folder: Path, outcome: Outcome, text: str) -> 
 
 def _leave(run: Run, folder: Path, result: Result, show: Progress) -> None:
     """The pictures and the last lines of a run."""
+    from experiments.evaluate import unit
     from experiments.report import write_report
 
     (folder / "result.json").write_text(json.dumps(asdict(result), indent=1) + "\n", encoding="utf-8")
-    report = write_report(folder, run.experiment, dict(run.dataset.facts), result)
+    report = write_report(folder, run.experiment, dict(run.dataset.facts), result, unit(run.dataset))
     show.line(f"report {_near(report)}")
     if result.stopped:
         at = _near(folder)

@@ -9,12 +9,15 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 import experiments.commands
 from experiments import cli
+from experiments.commands import train
+from sharding.errors import InputError
 
 ROOT = Path(__file__).resolve().parent.parent
 QUICKSTART = "configs/quickstart.py"
@@ -156,6 +159,35 @@ def test_read_gives_experiment_flags_and_overrides(
     assert "'--seed', '1')" in shown
     assert cli.main(["probe", QUICKSTART, "--no-resume"]) == 0
     assert "resume=False) () " in capsys.readouterr().out
+
+
+def test_nested_flags_of_a_command_are_no_overrides() -> None:
+    words = ["--steps", "9", "--processes.count", "2", "--processes.index=1", "--mesh.tensor", "4"]
+    _, flags, origin = cli.read([QUICKSTART, *words], train.Flags)
+    assert (flags.processes.count, flags.processes.index) == (2, 1)
+    assert origin.overrides == ("--steps", "9", "--mesh.tensor", "4")
+
+
+def test_an_axis_given_twice_is_refused_for_every_command() -> None:
+    with pytest.raises(InputError, match="'data' twice"):
+        cli.read([QUICKSTART, "--mesh.data", "2", "--mesh.data=2"], train.Flags)
+
+
+@dataclass(frozen=True)
+class Positional:
+    """Of a command without a CONFIG."""
+
+    name: str
+    """Which."""
+    count: int = 3
+    """How many."""
+
+
+def test_flags_beside_a_positional_keep_their_defaults() -> None:
+    assert cli.read_flags(["abc"], Positional) == Positional("abc", 3)
+    assert cli.read_flags(["abc", "--count", "4"], Positional) == Positional("abc", 4)
+    with pytest.raises(InputError, match="Missing"):
+        cli.read_flags([], Positional)
 
 
 def test_a_command_in_a_process_parses_without_jax(commands: Path) -> None:

@@ -134,6 +134,29 @@ def test_a_helper_that_something_installed_hides_is_refused(tmp_path: Path) -> N
         load(write(tmp_path, "import calendar\n"))
 
 
+def test_the_working_folder_first_on_the_path_hides_no_copy_of_a_helper(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # `python -m` puts the working folder first; a run folder has copies of the helpers beside its config.
+    here, run = tmp_path / "here", tmp_path / "run"
+    config = BASE + "import hlp, pkg\ndef config(): return replace(quickstart(), batch=hlp.A * pkg.B)\n"
+    for folder in (here, run):
+        write(folder, "A = 4\n", "hlp.py")
+        write(folder / "pkg", "B = 16\n", "__init__.py")
+    monkeypatch.setattr(sys, "path", [str(here), *sys.path])
+    for name in ("hlp", "pkg"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    assert load(write(here, config)).batch == 64
+    assert load(write(run, config)).batch == 64
+    write(run / "pkg", "C = 1\n", "more.py")
+    with refused("imports 'pkg'", "Rename the file"):
+        load(write(run, config))
+    (run / "pkg" / "more.py").unlink()
+    write(run, "A = 8\n", "hlp.py")
+    with refused("imports 'hlp'", "Rename the file"):
+        load(write(run, config))
+
+
 def test_an_edit_within_the_same_second_is_seen(tmp_path: Path) -> None:
     for batch in (16, 32, 64):
         path = write(tmp_path, BASE + f"def config(): return replace(quickstart(), batch={batch})\n")
@@ -244,7 +267,7 @@ def test_rules_and_partitioner_are_expressions(quickstart: Experiment, tmp_path:
         (["--tensor", "4"], ("perhaps --mesh.tensor?",)),
         (["--warmpu=4"], ("no value --warmpu", "perhaps --optimizer.warmup?")),
         (["--qqqqq"], ("no value --qqqqq", "--help")),
-        (["--steps", "abc"], ("--steps abc", "a whole number", "60 now", "invalid literal")),
+        (["--steps", "abc"], ("--steps abc", "a whole number", " now", "invalid literal")),
         (["--steps", "1.5"], ("--steps 1.5", "a whole number")),
         (["--steps"], ("--steps cannot be read", "a whole number")),
         (["--steps", "2", "3"], ("3",)),

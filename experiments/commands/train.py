@@ -9,7 +9,7 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from experiments import assemble, cli
+from experiments import cli
 from experiments.devices import Processes
 
 EXIT_CODES = {"": 0, "SIGINT": 130, "SIGTERM": 143}
@@ -33,13 +33,6 @@ class Flags:
 def main(argv: list[str]) -> int:
     """Train; 0, or 130 / 143 when a signal stopped the run after a save."""
     experiment, flags, origin = cli.read(argv, Flags)
-    from experiments.overrides import groups, plain
-    from experiments.run_config import Origin
-
-    assemble.check_axes(origin.overrides)
-    # Which process this is says nothing of what is trained: it is no part of the config that is kept.
-    kept = (g for g in groups(origin.overrides) if not plain(g[0]).startswith("processes."))
-    origin = Origin(origin.path, tuple(word for group in kept for word in group))
     from experiments.training import train
 
     result = train(experiment, origin, flags.resume, flags.runs, flags.processes)

@@ -38,13 +38,15 @@ class Dataset(abc.ABC):
 
     `inputs` names the entries of a batch; one of them is `weights` (float32, any row shape), by which the loss
     weighs what it sums. `train_rows` is the length of an epoch. `facts` says what the data are.
+    `bytes_per_token_heldout` is for text alone: with it a run counts tokens and says bits per byte, without it (None)
+    a run counts examples and says neither.
     """
 
     inputs: Mapping[str, RowSpec]
     facts: Mapping[str, Any]
     train_rows: int
     heldout_rows: int
-    bytes_per_token_heldout: float = 1.0
+    bytes_per_token_heldout: float | None = None
 
     @abc.abstractmethod
     def gather(self, split: Split, indices: np.ndarray) -> dict[str, np.ndarray]:
@@ -165,7 +167,10 @@ def _check_entries(dataset: Dataset) -> None:
     _require(
         dataset.train_rows > 0 and dataset.heldout_rows > 0, "train_rows and heldout_rows must be positive"
     )
-    _require(dataset.bytes_per_token_heldout > 0, "bytes_per_token_heldout must be positive")
+    size = dataset.bytes_per_token_heldout
+    _require(
+        size is None or size > 0, "bytes_per_token_heldout must be positive, or None where there is no text"
+    )
     missing = [key for key in ("name", "licence", "sha256") if not dataset.facts.get(key)]
     _require(not missing, f"facts lack {missing}")
 
