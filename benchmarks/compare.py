@@ -16,12 +16,12 @@ import json
 import math
 import os
 import statistics
-import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
+from other_programs import start_up, torch_ratios
 from workload import TRANSFORMER_85M, Sizes, initial_weights, keep_freed_memory, sample_batch
 
 HERE = Path(__file__).resolve().parent
@@ -159,79 +159,6 @@ def compare(split: str, rounds: int, sizes: Sizes) -> dict[str, Any]:
     }
 
 
-def start_up(rounds: int) -> dict[str, Any]:
-    """Command to first step of `shardlab train` (one device, no compilation kept) against the hand-written script."""
-    seconds: dict[str, list[float]] = {"hand_written": [], "shardlab": []}
-    for _ in range(rounds):
-        seconds["hand_written"].append(
-            _until([str(HERE / "hand_written.py"), "--split", "one", "--steps", "1"], '"program"')
-        )
-        seconds["shardlab"].append(_until([str(HERE / "first_step.py")], "first step"))
-    medians = {k: statistics.median(v) for k, v in seconds.items()}
-    ratio = medians["shardlab"] / medians["hand_written"]
-    return {"ratio": ratio, "limit": START_LIMIT, "median_seconds": medians, "rounds": rounds}
-
-
-def _until(words: list[str], said: str) -> float:
-    """Seconds from starting a Python program to the line in which it says `said`."""
-    began = time.perf_counter()
-    environment = {**os.environ, "PYTHONPATH": str(HERE.parent), "PYTHONUNBUFFERED": "1"}
-    with subprocess.Popen(
-        [sys.executable, *words], stdout=subprocess.PIPE, text=True, env=environment
-    ) as program:
-        assert program.stdout is not None
-        for line in program.stdout:
-            if said in line:
-                return time.perf_counter() - began
-    raise SystemExit(f"{' '.join(words)} ended with {program.returncode} and never said {said!r}")
-
-
-TORCH = {"eager": "one", "ddp": "data2", "fsdp": "fsdp2"}
-"""PyTorch's mode -> shardlab's split of the same work: its two processes stand against two pretend devices."""
-
-
-def torch_ratios(python: str, rounds: int, steps: int = 8) -> list[dict[str, Any]]:
-    """Per mode: medians of both programs, each timed `rounds` times in turn, `steps` steps a time after a warm-up."""
-    found = []
-    for mode, split in TORCH.items():
-        compiled, state, batch = build_ours(split, Sizes())
-        seconds: dict[str, list[float]] = {"torch": [], "shardlab": []}
-        losses: list[float] = []
-        other: dict[str, Any] = {}
-        for _ in range(rounds):
-            other = _torch(python, mode, steps)
-            seconds["torch"].append(other["median_step_s"])
-            turn = []
-            for _ in range(steps + 1):
-                began = time.perf_counter()
-                state, out = compiled(state, batch)
-                losses.append(float(out["loss"]))
-                turn.append(time.perf_counter() - began)
-            seconds["shardlab"].append(statistics.median(turn[1:]))
-        medians = {name: statistics.median(s) for name, s in seconds.items()}
-        apart = max(abs(a / b - 1) for a, b in zip(losses, other["losses"], strict=False))
-        found.append(
-            {
-                "mode": mode,
-                "split": split,
-                "time_ratio": medians["shardlab"] / medians["torch"],
-                "median_seconds": medians,
-                "all_seconds": seconds,
-                "loss_difference": apart,
-                "load": os.getloadavg()[0],
-            }
-        )
-    return found
-
-
-def _torch(python: str, mode: str, steps: int) -> dict[str, Any]:
-    words = [python, str(HERE / "torch_reference.py"), "--mode", mode, "--steps", str(steps)]
-    done = subprocess.run(words, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise SystemExit(f"{' '.join(words)} failed:\n{done.stderr[-2000:]}")
-    return json.loads(done.stdout.strip().splitlines()[-1])
-
-
 def _pretend() -> None:
     import jax
 
@@ -240,66 +167,71 @@ def _pretend() -> None:
     jax.config.update("jax_num_cpu_devices", 8)
 
 
-def main() -> int:
-    """Print the ratios; 1 when one is over its limit or the losses differ."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+def _row(r: dict[str, Any]) -> list[str]:
+    """Print a split's ratios; what is over its limit, in words."""
+    ours, theirs = r["median_seconds"]["shardlab"], r["median_seconds"]["hand_written"]
+    print(
+        f"{r['split']:8} {r['time_ratio']:7.3f} {r['time_limit']:6.2f} {r['temp_ratio']:7.3f} {r['argument_ratio']:7.3f} "
+        f"{ours * 1e3:7.0f}ms {theirs * 1e3:7.0f}ms {r['loss_difference']:10.1e} {r['load']:5.1f}",
+        flush=True,
     )
+    if r["device"] != "cpu":
+        mfu = "n/a" if r["mfu"] is None else f"{r['mfu']:.1%}"
+        print(f"{r['device']}: {r['tokens_per_second']:.0f} tokens/s, mfu {mfu}")
+    limits = (("time", r["time_limit"]), ("temp", BYTES_LIMIT), ("argument", BYTES_LIMIT))
+    over = [
+        f"{r['split']}: {what} ratio {r[what + '_ratio']:.3f} > {n}"
+        for what, n in limits
+        if r[what + "_ratio"] > n
+    ]
+    if r["loss_difference"] > LOSS_TOLERANCE[r["dtype"]]:
+        over.append(f"{r['split']}: losses differ by {r['loss_difference']:.1e}")
+    return over
+
+
+def _asked() -> argparse.Namespace:
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
     parser.add_argument("--splits", default=",".join(TIME_LIMITS), help="comma-separated")
     parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument(
-        "--starts", type=int, default=3, help="rounds of command-to-first-step; 0 leaves it out"
+        "--starts", type=int, default=3, help="rounds of command to first step; 0 leaves it out"
     )
-    parser.add_argument(
-        "--present", action="store_true", help="one present accelerator instead of pretend devices"
-    )
+    parser.add_argument("--present", action="store_true", help="one present accelerator, no pretend devices")
     parser.add_argument("--torch", metavar="PYTHON", help="an interpreter with torch installed")
     parser.add_argument("--json", type=Path)
-    asked = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> int:
+    """Print the ratios; 1 when one is over its limit or the losses differ."""
+    asked = _asked()
     if asked.present:
         asked.splits, asked.starts = "one", 0
     else:
         _pretend()
-    results, over = [], []
+    heads = ("time", "limit", "temp", "args", "ours", "theirs", "loss diff", "load")
     print(
-        f"{'split':8} {'time':>7} {'limit':>6} {'temp':>7} {'args':>7} {'ours':>9} {'theirs':>9} {'loss diff':>10} {'load':>5}"
+        f"{'split':8} " + " ".join(f"{h:>{n}}" for h, n in zip(heads, (7, 6, 7, 7, 9, 9, 10, 5), strict=True))
     )
+    document: dict[str, Any] = {"provenance": "measured", "steps": []}
+    over: list[str] = []
     for split in asked.splits.split(","):
-        r = compare(split, asked.rounds, TRANSFORMER_85M if asked.present else Sizes())
-        results.append(r)
-        ours, theirs = r["median_seconds"]["shardlab"], r["median_seconds"]["hand_written"]
-        print(
-            f"{split:8} {r['time_ratio']:7.3f} {r['time_limit']:6.2f} {r['temp_ratio']:7.3f} {r['argument_ratio']:7.3f} "
-            f"{ours * 1e3:7.0f}ms {theirs * 1e3:7.0f}ms {r['loss_difference']:10.1e} {r['load']:5.1f}",
-            flush=True,
-        )
-        if asked.present:
-            mfu = "n/a" if r["mfu"] is None else f"{r['mfu']:.1%}"
-            print(f"{r['device']}: {r['tokens_per_second']:.0f} tokens/s, mfu {mfu}")
-        limits = (("time", r["time_limit"]), ("temp", BYTES_LIMIT), ("argument", BYTES_LIMIT))
-        over += [
-            f"{split}: {what} ratio {r[what + '_ratio']:.3f} > {limit}"
-            for what, limit in limits
-            if r[what + "_ratio"] > limit
-        ]
-        over += [f"{split}: losses differ by {r['loss_difference']:.1e}"] * (
-            r["loss_difference"] > LOSS_TOLERANCE[r["dtype"]]
-        )
-    document: dict[str, Any] = {"provenance": "measured", "steps": results}
+        document["steps"].append(compare(split, asked.rounds, TRANSFORMER_85M if asked.present else Sizes()))
+        over += _row(document["steps"][-1])
     if asked.starts:
         document["start"] = s = start_up(asked.starts)
         print(
-            f"command to first step, one device: {s['ratio']:.2f} x the hand-written script's (limit {START_LIMIT})"
+            f"command to first step: {s['ratio']:.2f} x the hand-written script's (one device, limit {START_LIMIT})"
         )
         over += [f"start-up ratio {s['ratio']:.2f} > {START_LIMIT}"] * (s["ratio"] > START_LIMIT)
     if asked.torch:
-        document["torch"] = torch_ratios(asked.torch, rounds=3)
+        document["torch"] = torch_ratios(asked.torch, build_ours, rounds=3)
         for r in document["torch"]:
             ours, theirs = r["median_seconds"]["shardlab"], r["median_seconds"]["torch"]
             print(
                 f"torch {r['mode']:6} {r['time_ratio']:.3f} x its step: {ours * 1e3:.0f} ms ({r['split']}) against "
-                f"{theirs * 1e3:.0f} ms, losses apart {r['loss_difference']:.1e}, load {r['load']:.1f}",
-                flush=True,
+                f"{theirs * 1e3:.0f} ms, losses apart {r['loss_difference']:.1e}, load {r['load']:.1f}"
             )
     if asked.json:
         asked.json.write_text(json.dumps(document, indent=1) + "\n")

@@ -4,8 +4,8 @@ Claim:    the size of a first real GPU run: bf16 products with fp32 masters, bat
           and optimizer state at rest split over them too (ZeRO-3).
 Command:  shardlab train configs/transformer_85m.py
 Cost:     1.4 GB for parameters, gradients and AdamW state in fp32, over all devices, and activations per row;
-          time to be measured
-Result:   expected result to be measured
+          time not measured: no accelerator has run it yet; `python benchmarks/compare.py --present` measures it
+Result:   not measured: no accelerator has run it yet; `python benchmarks/compare.py --present` measures it
 """
 
 from __future__ import annotations

@@ -90,5 +90,13 @@ def check_axes(overrides: Sequence[str]) -> None:
         part, _, axis = plain(group[0]).partition(".")
         size = group[0].partition("=")[2] or "".join(group[1:])
         if part == "mesh" and axis in AXES:
-            pairs.append((axis, int(size)))
+            try:
+                pairs.append((axis, int(size)))
+            except (
+                ValueError
+            ):  # of a flag given twice only the last is parsed, so nothing else refuses the first
+                raise InputError(
+                    f"--mesh.{axis} {size} cannot be read: a mesh axis has a whole number of devices, or -1 to fill. "
+                    f"Give each axis once."
+                ) from None
     MeshShape.of(*pairs)

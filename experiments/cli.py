@@ -12,12 +12,14 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import errno
 import importlib
 import importlib.metadata
 import os
 import platform
 import shutil
 import sys
+import tempfile
 import textwrap
 import traceback
 from collections.abc import Sequence
@@ -70,7 +72,7 @@ def read(argv: Sequence[str], flags: type[F]) -> tuple[Experiment, F, Origin]:
 
     `flags` is a frozen dataclass in the command's file; its fields become flags (those without a default become
     positional, after CONFIG). CONFIG comes first. `--help` prints everything with its default and raises SystemExit(0).
-    A mesh axis given twice is an InputError, as is whatever cannot be read.
+    A mesh axis given twice is an InputError, as is whatever cannot be read, and a `json` that cannot be written.
     """
     from experiments.assemble import check_axes
     from experiments.config import load
@@ -98,6 +100,7 @@ def read(argv: Sequence[str], flags: type[F]) -> tuple[Experiment, F, Origin]:
 
     overrides = tuple(word for group in groups(argv[1:]) if not mine(group[0]) for word in group)
     check_axes(overrides)
+    _check_json(options)
     return experiment, options, Origin(path, overrides)
 
 
@@ -105,7 +108,48 @@ def read_flags(argv: Sequence[str], flags: type[F]) -> F:
     """The flags of a command that takes no CONFIG; fields without a default are positional."""
     from experiments.overrides import parse
 
-    return parse(*_about(flags), flags, None, None, argv)[0]
+    options = parse(*_about(flags), flags, None, None, argv)[0]
+    _check_json(options)
+    return options
+
+
+def check_file(path: Path, flag: str) -> None:
+    """Refuse a file that could not be written later: InputError. Nothing is made, and what is there stays as it is."""
+    try:
+        if not path.exists():
+            _check_folder(path.parent)
+        elif path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        elif path.is_file():  # a pipe is left alone: its reader would take the closing for the end
+            path.open("a").close()
+    except OSError as error:
+        raise InputError(
+            f"{flag} {path} cannot be written ({error.strerror}). Give the path of a file in a folder that is writable."
+        ) from None
+
+
+def check_folder(path: Path, flag: str) -> None:
+    """Refuse a folder in which no file could be made later, itself or its parents being made: InputError."""
+    try:
+        _check_folder(path)
+    except OSError as error:
+        raise InputError(
+            f"{flag} {path} cannot be written ({error.strerror}). Give a folder that is writable."
+        ) from None
+
+
+def _check_folder(folder: Path) -> None:
+    """OSError when no file can be made in the folder or, where it is still to be made, in the nearest one above."""
+    there = next(place for place in (folder, *folder.parents) if place.exists())
+    # Permission bits do not tell for root nor for /proc, so a file without a name is made for a moment.
+    with tempfile.TemporaryFile(dir=there):
+        pass
+
+
+def _check_json(options: object) -> None:
+    path = getattr(options, "json", None)
+    if isinstance(path, Path):
+        check_file(path, "--json")
 
 
 def commands() -> dict[str, str]:

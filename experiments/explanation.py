@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from experiments.assemble import train_step
 from experiments.config import Experiment
+from sharding.errors import InputError
 from sharding.layout import Layout
 from sharding.partitioner import Auto, Manual
 from sharding.rule import PARAM_ROLES, Rules
@@ -120,12 +121,18 @@ def explain(experiment: Experiment, devices: int) -> Explanation:
 
 def explain_step(experiment: Experiment, step: TrainStep) -> Explanation:
     """Explain a step that was made already: on a mesh of real devices its first call finds this trace."""
+    import jax
+
     from sharding.ledger import collectives, flops, per_axis
+    from sharding.plain import check_reductions
 
     layouts, sizes = step.split.layouts, step.split.layouts.sizes
     state, batch = step.abstract_state(), step.abstract_batch(experiment.batch)
     taps: list[Tap] = []
     forward = _forward(step, state["params"], batch, taps)
+    _check_divides(taps, step)
+    if isinstance(experiment.partitioner, Manual):
+        check_reductions(forward, jax.make_jaxpr(step.evaluation)(state["params"], batch))
     lines = [*_parameters(step, state), *_inputs(step, batch), *_activations(taps, step)]
     found: list[dict[str, Any]] = []
     if isinstance(experiment.partitioner, Manual):
@@ -163,6 +170,21 @@ def _update(step: TrainStep, state: Any, batch: Any) -> Any:
     lies = step.batch_shardings()
     put = {k: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=lies[k]) for k, x in batch.items()}
     return step.step.trace(state, put).jaxpr
+
+
+def _check_divides(taps: list[Any], step: TrainStep) -> None:
+    """Refuse an activation that the rules split into parts that are not equal."""
+    layouts = step.split.layouts
+    for tap in taps:
+        lies = layouts.activation(tap.names)
+        for name, n, axes in zip(tap.names, tap.shape, lies.dims, strict=True):
+            parts = math.prod(layouts.sizes[a] for a in axes)
+            if n % parts:
+                raise InputError(
+                    f"{_short(tap.source)}: the rules {layouts.rules!r} split {name} = {n} of an activation "
+                    f"({' '.join(tap.names)}) into {parts} parts ({' x '.join(f'{a}={layouts.sizes[a]}' for a in axes)}), "
+                    f"which does not divide. Make {name} a multiple of {parts}, or these axes smaller."
+                )
 
 
 def _forward(step: TrainStep, params: Any, batch: Any, taps: list[Any] | None) -> Any:

@@ -52,6 +52,7 @@ def run(
 ) -> Outcome:
     """Train from update `start` to `experiment.steps`; `state` is consumed (donated)."""
     e, pending, stopped, done = experiment, deque(), "", start
+    single = step.split.mesh is None or len({d.process_index for d in step.split.mesh.devices.flat}) == 1
     shardings = step.batch_shardings()
 
     def make(at: int) -> dict[str, jax.Array]:
@@ -82,7 +83,9 @@ def run(
                     store.save(done, state, meta)
             if stopped:
                 break
-    began = time.perf_counter()
-    store.wait()
+        began = time.perf_counter()
+        store.wait()
+        # A signal during the last evaluation or save: with several processes nobody else may know of it.
+        stopped = stopped or (stop.requested or "" if single else "")
     report.events.write("save_wait", time.perf_counter() - began, step=done)
-    return Outcome(state, done, stopped if done < e.steps else "")
+    return Outcome(state, done, stopped)

@@ -4,20 +4,34 @@ from __future__ import annotations
 
 import sys
 from types import TracebackType
-from typing import Self
+from typing import TYPE_CHECKING, Any, Self
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+def terminal(**options: Any) -> Console:
+    """A rich Console on standard output that raises BrokenPipeError when its reader is gone, as `print` does."""
+    from rich.console import Console
+
+    class Terminal(Console):
+        def on_broken_pipe(self) -> None:
+            self.quiet = True
+            raise BrokenPipeError  # rich would exit with 1; the command line has a code for this
+
+    return Terminal(**options)
 
 
 class Progress:
     """Shows a run of `steps` steps. Only process 0 (`shows`) prints; the others stay quiet."""
 
     def __init__(self, steps: int, shows: bool = True):
-        from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
         from rich.progress import Progress as Bar
 
         self._shows = shows
         self._terminal = sys.stdout.isatty() and shows
-        self.console = Console(highlight=False, soft_wrap=True, quiet=not shows)
+        self.console = terminal(highlight=False, soft_wrap=True, quiet=not shows)
         self._bar = None
         if self._terminal:
             columns = (

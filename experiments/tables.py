@@ -7,6 +7,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from experiments.explanation import Explanation, Line
+from experiments.progress import terminal
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -28,11 +29,9 @@ def human(n: float, unit: str = "B", base: int = 1024) -> str:
 
 def print_explanation(told: Explanation, full: bool = True) -> None:
     """Print an explanation; without `full` what a run shows at its start: rules, parameters and traffic."""
-    from rich.console import Console
-
     piped = not sys.stdout.isatty()
     width = PIPED if piped else shutil.get_terminal_size().columns
-    console = Console(width=width, highlight=False, soft_wrap=False, emoji=False)
+    console = terminal(width=width, highlight=False, soft_wrap=False, emoji=False)
     _head(console, told)
     marks = {rule: _mark(i) for i, rule in enumerate(told.chain)}
     _parameters(console, told, marks, piped)

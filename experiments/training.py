@@ -280,11 +280,10 @@ def _leave(run: Run, folder: Path, result: Result, show: Progress) -> None:
     show.line(f"report {_near(report)}")
     if result.stopped:
         at = _near(folder)
-        show.line(
-            f"stopped by {result.stopped} after step {result.step}, saved. Go on with: "
-            f"shardlab train {shlex.quote(str(at / 'config.py'))} --resume {shlex.quote(str(at))}",
-            "bold",
-        )
+        onward = f"shardlab train {shlex.quote(str(at / 'config.py'))} --resume {shlex.quote(str(at))}"
+        last = result.step == run.experiment.steps
+        what = "which was the last" if last else f"saved. Go on with: {onward}"
+        show.line(f"stopped by {result.stopped} after step {result.step}, {what}", "bold")
 
 
 def _near(path: Path) -> Path:

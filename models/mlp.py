@@ -57,7 +57,7 @@ class MLP(nnx.Module):
         logits = self.logits(batch["features"])
         nats_B = cross_entropy(logits, batch["labels"], "batch classes")
         scores, lies = whole(lax.stop_gradient(logits), "batch classes", "classes")
-        chosen_B = back(jnp.argmax(scores, axis=-1), "batch", lies[:-1])
+        chosen_B = back(jnp.argmax(scores, axis=-1).astype(batch["labels"].dtype), "batch", lies[:-1])
         right_B = (chosen_B == batch["labels"]).astype(nats_B.dtype)
         return {
             "loss": einsum("batch ->", nats_B * batch["weights"]),

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from sharding.errors import InputError
+
 if TYPE_CHECKING:
     from models.mlp import MLP
 
@@ -23,6 +25,14 @@ class MLPConfig:
     """Residual layers."""
     classes: int = 10
     """Classes to tell apart."""
+
+    def __post_init__(self) -> None:
+        for name in ("features", "embed", "mlp", "layers", "classes"):
+            if getattr(self, name) < 1:
+                raise InputError(
+                    f"The multilayer perceptron has {name}={getattr(self, name)}, but every size must be at least 1. "
+                    f"Set model.{name} to 1 or more."
+                )
 
     def build(self) -> MLP:
         """The model, without arrays."""

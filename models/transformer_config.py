@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from sharding.errors import InputError
+
 if TYPE_CHECKING:
     from models.transformer import Transformer
 
@@ -39,6 +41,19 @@ class TransformerConfig:
     """Type of activations and products; parameters at rest are float32."""
     theta: float = 10000.0
     """Base of the rotary frequencies."""
+
+    def __post_init__(self) -> None:
+        for name in ("vocab", "layers", "embed", "heads", "kv_heads", "head_dim", "mlp", "length"):
+            if getattr(self, name) < 1:
+                raise InputError(
+                    f"The transformer has {name}={getattr(self, name)}, but every size must be at least 1. "
+                    f"Set model.{name} to 1 or more."
+                )
+        if not self.theta > 0:
+            raise InputError(
+                f"The transformer has theta={self.theta}, but the base of rotary frequencies must be above 0. "
+                f"Set model.theta to 10000, say."
+            )
 
     def build(self) -> Transformer:
         """The model, without arrays. Raises InputError for sizes that do not fit together."""

@@ -90,9 +90,14 @@ class Contraction:
         sizes = dict(self.sizes)
         axes = [a for a in where if sizes[a] > 1]
         for choice in itertools.product(*([*where[a], None] for a in axes)):
-            made = self._price(dict(zip(axes, choice, strict=True)), sizes)
-            if made is not None:
-                yield made
+            on = dict(zip(axes, choice, strict=True))
+            shared = len({n for n in choice if n is not None}) < sum(n is not None for n in choice)
+            for order in (
+                itertools.permutations(axes) if shared else [tuple(axes)]
+            ):  # major to minor within a dim
+                made = self._price(on, order, sizes)
+                if made is not None:
+                    yield made
 
     def gathers_fixed(self, made: Plan) -> bool:
         """Whether a plan gathers a fixed operand: one of its dims loses an axis."""
@@ -115,12 +120,13 @@ class Contraction:
                     )
         return found
 
-    def _price(self, choice: dict[str, str | None], sizes: dict[str, int]) -> Plan | None:
+    def _price(
+        self, choice: dict[str, str | None], order: tuple[str, ...], sizes: dict[str, int]
+    ) -> Plan | None:
         """The plan in which each axis splits the name that `choice` gives it; None when a dim does not divide."""
         terms, result = parse(self.spec)
         whole = self.whole()
-        order = [a for dims in (*self.layouts, self.wanted) for dim in dims for a in dim]
-        split = {n: tuple(dict.fromkeys(a for a in order if choice.get(a) == n)) for n in whole}
+        split = {n: tuple(a for a in order if choice[a] == n) for n in whole}
         local = {}
         for name, size in whole.items():
             parts = math.prod(sizes[a] for a in split[name])

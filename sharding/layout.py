@@ -148,6 +148,7 @@ class Layouts:
             ask = Ask(path, role, names, shape, tuple(dims), self.sizes)
             for name, split in rule.place(ask).items():
                 at = names.index(name)
+                self._stays_whole(rule, split, name, path)
                 reason = Reason(name, split.axis, self.sizes[split.axis], role, rule.call, rule.source)
                 clash = self._clash(reason, split, taken, [r for r in made if r.name == name], path)
                 if clash:
@@ -160,6 +161,14 @@ class Layouts:
                     self._divides(reason, path, shape, at, dims[at])
                     dims[at] = (*dims[at], split.axis)
         return Layout(names, tuple(dims), tuple(made), tuple(left))
+
+    def _stays_whole(self, rule: Rule, split: Split, name: str, path: str) -> None:
+        kept = next((r for r in self.rules.chain if name in r.replicated), None)
+        if kept is not None:
+            raise InputError(
+                f"{path}: rule {rule.call} ({rule.source}) splits {name} over {split.axis!r}, but {kept.call} "
+                f"({kept.source}) declares that {name} stays whole. Drop one of the two."
+            )
 
     def _clash(
         self, new: Reason, split: Split, taken: Mapping[str, Reason], on_dim: list[Reason], path: str

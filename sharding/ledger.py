@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import flax
 import jax
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
@@ -52,7 +53,7 @@ class Collective:
 def collectives(jaxpr: ClosedJaxpr, sizes: Mapping[str, int]) -> list[Collective]:
     """Every collective in a jaxpr over axes of more than one device, in program order; loops count their trips."""
     found = []
-    for eqn, times in _equations(jaxpr.jaxpr, 1):
+    for eqn, times in equations(jaxpr.jaxpr, 1):
         kind = KINDS.get(eqn.primitive.name)
         if kind is None:
             continue
@@ -85,7 +86,7 @@ def per_axis(found: list[Collective]) -> dict[tuple[str, ...], dict[str, tuple[i
 def flops(jaxpr: ClosedJaxpr) -> int:
     """FLOPs of every matrix product in a jaxpr (2 per multiply-add), loop trips multiplied; elementwise work is left out."""
     total = 0
-    for eqn, times in _equations(jaxpr.jaxpr, 1):
+    for eqn, times in equations(jaxpr.jaxpr, 1):
         if eqn.primitive.name == "dot_general":
             (contract, _), _ = eqn.params["dimension_numbers"]
             deep = math.prod(eqn.invars[0].aval.shape[d] for d in contract)
@@ -93,7 +94,7 @@ def flops(jaxpr: ClosedJaxpr) -> int:
     return total
 
 
-def _equations(jaxpr: Jaxpr, times: int) -> Iterator[tuple[Any, int]]:
+def equations(jaxpr: Jaxpr, times: int) -> Iterator[tuple[Any, int]]:
     """Every equation with how often it runs; bodies of `while` count once, of `cond` every branch."""
     for eqn in jaxpr.eqns:
         inner = list(_inner(eqn.params))
@@ -101,7 +102,7 @@ def _equations(jaxpr: Jaxpr, times: int) -> Iterator[tuple[Any, int]]:
             yield eqn, times
         again = times * eqn.params["length"] if eqn.primitive.name == "scan" else times
         for body in inner:
-            yield from _equations(body, again)
+            yield from equations(body, again)
 
 
 def _inner(params: Mapping[str, Any]) -> Iterator[Jaxpr]:
@@ -124,17 +125,21 @@ def _sent(kind: str, size: int, n: int) -> int:
 
 
 def _source(eqn: Any) -> str:
+    """file:line of the innermost frame outside jax, flax and this package; "" where jax kept none."""
+    frames = user_frames(eqn)
+    return next((where for where, ours in frames if not ours), "")
+
+
+def user_frames(eqn: Any) -> list[tuple[str, bool]]:
+    """(file:line, whether it is of this package) of the frames outside jax and flax, innermost first."""
     traceback = eqn.source_info.traceback
-    if traceback is None:
-        return ""
-    for frame in traceback.frames:
-        if (
-            "/jax/" not in frame.file_name
-            and "/sharding/" not in frame.file_name
-            and "/flax/" not in frame.file_name
-        ):
-            return f"{frame.file_name}:{frame.line_num}"
-    return ""
+    frames = [] if traceback is None else traceback.frames
+    outside = [f for f in frames if not f.file_name.startswith(_LIBRARIES)]
+    return [(f"{f.file_name}:{f.line_num}", f.file_name.startswith(_HERE)) for f in outside]
+
+
+_HERE = __file__.rpartition("/")[0] + "/"
+_LIBRARIES = tuple(str(m.__file__).rpartition("/")[0] + "/" for m in (jax, flax))
 
 
 def trace(function: Any, *arguments: Any) -> ClosedJaxpr:

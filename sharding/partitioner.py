@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from sharding.errors import InputError
+
 
 @dataclass(frozen=True)
 class Manual:
@@ -17,6 +19,10 @@ class Manual:
     """What becomes of a parameter gathered for its use in the forward pass: "regather" drops it and gathers again in
     the backward pass (ZeRO-3's 3P of traffic, least memory), "keep" holds it until then (2P, memory of the whole
     gathered parameters). Layers unrolled on CPU always keep: XLA:CPU merges the two gathers."""
+
+    def __post_init__(self) -> None:
+        if self.gathered not in ("regather", "keep"):
+            raise InputError(f"Manual(gathered={self.gathered!r}): it is 'regather' or 'keep'. Change it.")
 
 
 @dataclass(frozen=True)

@@ -35,6 +35,10 @@ class Split:
     """"error": a taken dim or axis is a conflict. "also": a taken dim is split further by this axis, inside the split
     it has. "decline": the placement is left out, counted and explained."""
 
+    def __post_init__(self) -> None:
+        if self.when_taken not in ("error", "also", "decline"):
+            raise InputError(f"Split.when_taken is {self.when_taken!r}; it is 'error', 'also' or 'decline'.")
+
 
 def also(axis: str) -> Split:
     """Split the dim over `axis` as well, inside whatever split earlier rules gave it (batch over data, then fsdp)."""
@@ -64,13 +68,18 @@ class Ask:
         """Devices along `axis`; InputError for an axis that does not exist."""
         if axis not in self.sizes:
             raise InputError(
-                f"A rule asks for an axis {axis!r}, which does not exist{nearest(axis, AXES)}. The axes are {', '.join(AXES)}."
+                f"A rule asks for an axis {axis!r}, which does not exist{nearest(str(axis), AXES)}. The axes "
+                f"are {', '.join(AXES)}."
             )
         return self.sizes[axis]
 
     def local(self, dim: int) -> int:
         """Size of a dim on one device under the layout so far."""
-        assert self.shape is not None, "activations have no shape here"
+        if self.shape is None:
+            raise InputError(
+                f"{self.path}: a rule asks for the shape of an activation, but activations are laid out by their names "
+                f"alone. Name the dims to split, as in {{'batch': also('data')}}."
+            )
         size = self.shape[dim]
         for axis in self.dims[dim]:
             size //= self.sizes[axis]
@@ -131,12 +140,18 @@ class Rule:
         """What this rule wants for one array: name -> Split."""
         placing: Placing = getattr(self, ask.role)
         wanted = placing(ask) if callable(placing) else {n: s for n, s in placing.items() if n in ask.names}
-        splits = {n: Split(s) if isinstance(s, str) else s for n, s in wanted.items()}
+        if not isinstance(wanted, Mapping):
+            raise InputError(
+                f"Rule {self.call} ({self.source}) returns {wanted!r} for {ask.path}; it must return a mapping from names "
+                f"to axes, an empty one for nothing."
+            )
+        splits = {n: s if isinstance(s, Split) else Split(s) for n, s in wanted.items()}
         for name, split in splits.items():
             if split.axis not in AXES:
                 raise InputError(
                     f"Rule {self.call} ({self.source}) splits {name!r} over an axis {split.axis!r}, which does not "
-                    f"exist{nearest(split.axis, AXES)}. The axes are {', '.join(AXES)}."
+                    f"exist{nearest(str(split.axis), AXES)}. The axes are {', '.join(AXES)}; a dim that "
+                    f"several axes split is placed once by each rule, with also(axis)."
                 )
             if name not in ask.names:
                 raise InputError(

@@ -67,7 +67,7 @@ class TrainStep:
         used = {a for p in self.layouts.values() for a in p.compute.axes}
         self.token_axes = frozenset(a for x in self.inputs.values() for a in x.axes) - used
         self.step = jax.jit(self.update, donate_argnums=0, out_shardings=(self.state_shardings(), None))
-        self.evaluate = jax.jit(self._evaluate)
+        self.evaluate = jax.jit(self.evaluation)
 
     # what lies where
 
@@ -100,14 +100,15 @@ class TrainStep:
             return None
         whole = NamedSharding(self.split.mesh, PartitionSpec())
         abstract = {p: s.abstract() for p, s in self.tree.items()}
-        shards = {p: self.sharding(x.optimizer) for p, x in self.layouts.items()}
-        optimizer = optax.tree_map_params(
-            self.optimizer,
-            lambda _, sharding: sharding,
-            jax.eval_shape(self.optimizer.init, abstract),
-            shards,
-            transform_non_params=lambda _: whole,
-        )
+
+        def lies(keys: tuple[Any, ...], leaf: Any) -> NamedSharding | None:
+            """Where a leaf is an array like a parameter, that parameter's layout; factored moments and counts whole."""
+            path = next((k.key for k in reversed(keys) if isinstance(k, jax.tree_util.DictKey)), "")
+            like = path in self.tree and leaf.shape == self.tree[path].shape
+            return self.sharding(self.layouts[path].optimizer) if like else whole
+
+        moments = jax.eval_shape(self.optimizer.init, abstract)
+        optimizer = jax.tree_util.tree_map_with_path(lies, moments)
         return {
             "params": {p: self.sharding(x.param) for p, x in self.layouts.items()},
             "optimizer": optimizer,
@@ -256,7 +257,9 @@ class TrainStep:
         gathered = self._manual(gather, (specs,), rest)({p: params[p] for p in split})
         return {p: gathered.get(p, w) for p, w in params.items()}
 
-    def _evaluate(self, params: dict[str, Array], batch: Mapping[str, Array]) -> dict[str, Array]:
+    def evaluation(self, params: dict[str, Array], batch: Mapping[str, Array]) -> dict[str, Array]:
+        """What `evaluate` compiles: the model's global sums over a batch."""
+
         def sums(params, batch):
             with enter(self.region()):
                 return self.evaluate_sums(params, batch)

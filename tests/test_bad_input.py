@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from experiments import devices
 from experiments.data.text import Text
+from models.mlp_config import MLPConfig
+from models.transformer_config import TransformerConfig
+from sharding.errors import InputError
 from tests.small import place, shardlab, start
 
 RULES = """
@@ -70,6 +74,16 @@ OVERRIDES = {
     "micro-batches that do not divide": (("--accumulate", 8), "micro-batches"),
     "an axis that no rule uses": (("--rules", "data | fsdp"), "Mesh axis tensor has 2 devices"),
     "heads that do not fit": (("--model.kv-heads", 3), "must divide heads"),
+    "no heads": (("--model.kv-heads", 0), "kv_heads=0, but every size must be at least 1"),
+    "an axis given twice, first as no number": (
+        ("--mesh.tensor", "x", "--mesh.tensor", 2),
+        "--mesh.tensor x cannot be read",
+    ),
+    "json into a folder": (("--json", "corpus"), "--json corpus cannot be written"),
+    "json where nothing can be made": (
+        ("--json", "/proc/x/y.json"),
+        "--json /proc/x/y.json cannot be written",
+    ),
 }
 
 
@@ -221,6 +235,35 @@ def test_processes(
 ):
     monkeypatch.setattr(devices, "_connect", lambda *_: pytest.fail("it tried to connect"))
     assert says in refused(capsys, "train", *words)
+
+
+@pytest.mark.parametrize(
+    "name", ["vocab", "layers", "embed", "heads", "kv_heads", "head_dim", "mlp", "length"]
+)
+@pytest.mark.parametrize("size", [0, -8])
+def test_transformer_sizes_below_one(name: str, size: int):
+    with pytest.raises(InputError, match=f"{name}={size}, .* Set model.{name} to 1"):
+        replace(TransformerConfig(), **{name: size})
+
+
+@pytest.mark.parametrize("theta", [0.0, -1.0, float("nan")])
+def test_a_base_of_rotary_frequencies_that_is_not_positive(theta: float):
+    with pytest.raises(InputError, match="theta="):
+        TransformerConfig(theta=theta)
+
+
+@pytest.mark.parametrize("name", ["features", "embed", "mlp", "layers", "classes"])
+def test_mlp_sizes_below_one(name: str):
+    assert getattr(MLPConfig(**{name: 1}), name) == 1
+    with pytest.raises(InputError, match=f"{name}=0, .* Set model.{name} to 1"):
+        MLPConfig(**{name: 0})
+
+
+def test_explain_into_a_reader_that_leaves(home: Path):
+    process = start(home, "explain", "small.py")
+    assert process.stdout is not None
+    process.stdout.close()  # before anything is printed: the process is still importing
+    assert process.wait(timeout=60) == 141
 
 
 def test_the_command_itself_shows_no_traceback(home: Path):

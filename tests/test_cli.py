@@ -289,6 +289,45 @@ def test_exit_codes_of_a_process(commands: Path) -> None:
     assert (waiting.returncode, err) == (130, "shardlab: interrupted\n")
 
 
+@pytest.mark.parametrize("json", [".", "/proc/x/y.json", "/dev/null/y.json"])
+def test_a_json_that_cannot_be_written_is_refused_before_any_work(
+    json: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    for words in (["sweep", "configs/scaling_quick.py"], ["figures", "--out", str(tmp_path / "out")]):
+        assert cli.main([*words, "--json", json]) == 2
+        out, err = capsys.readouterr()
+        assert out == ""
+        assert f"--json {json} cannot be written" in err
+        assert err.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_checking_a_file_leaves_everything_as_it_was(tmp_path: Path) -> None:
+    there = tmp_path / "there.json"
+    there.write_text("kept")
+    for path in (there, tmp_path / "new.json", tmp_path / "a" / "b" / "new.json", Path("/dev/null")):
+        cli.check_file(path, "--json")
+    assert [*tmp_path.iterdir()] == [there]
+    assert there.read_text() == "kept"
+
+
+@pytest.mark.parametrize("out", ["/dev/null", "/proc/x"])
+def test_figures_into_a_place_that_is_no_folder(out: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["figures", "scaling", "--out", out]) == 2
+    err = capsys.readouterr().err
+    assert f"--out {out} cannot be written" in err
+    assert err.count("\n") == 1
+
+
+def test_a_figure_file_with_a_syntax_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "mine.py").write_text('"""Mine."""\ndef draw(:\n')
+    assert cli.main(["figures", str(tmp_path / "mine.py"), "--out", str(tmp_path)]) == 2
+    err = capsys.readouterr().err
+    assert "mine.py cannot be read: line 2" in err
+    assert err.count("\n") == 1
+
+
 def test_a_reader_that_leaves_is_not_complained_about(commands: Path) -> None:
     talking = shardlab(commands, "probe", "talk")
     assert talking.stdout is not None

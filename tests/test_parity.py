@@ -347,7 +347,8 @@ def _other_block(x: Any, dim: int, axes: tuple[str, ...]) -> Any:
 
 def _own_weights(self: Any, sums: Any, norm: Any) -> Any:
     weight = sums["weight"] / 2 + 8.0  # a mean over rows, as if every shard weighed the same
-    return 1.0 / weight, {"loss": sums["loss"] / weight, "weight": sums["weight"], "grad_norm": norm / weight}
+    means = {name: total / weight for name, total in sums.items() if name != "weight"}
+    return 1.0 / weight, {**means, "weight": sums["weight"], "grad_norm": norm / weight}
 
 
 WRONG: dict[str, tuple[str, Any, str, Callable[..., Any], Rules]] = {

@@ -15,7 +15,9 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from experiments import cli
 from experiments.records import MissingRecords, RecordError
+from sharding.errors import InputError
 
 if TYPE_CHECKING:
     from paper_figures.build import Built
@@ -47,7 +49,17 @@ def _run(options: argparse.Namespace) -> int:
     from paper_figures import build
 
     names = options.names or build.figure_names()
-    built, missing = build.build_all(names, options.out, options.formats.split(","), options.records)
+    _check_places(options)
+    try:
+        built, missing = build.build_all(names, options.out, options.formats.split(","), options.records)
+    except SyntaxError as error:
+        raise RecordError(
+            f"The figure file {error.filename} cannot be read: line {error.lineno}: {error.msg}. Correct that line."
+        ) from None
+    except OSError as error:
+        raise RecordError(
+            f"The figures cannot be drawn into {options.out}: {error}. Give another folder with --out."
+        ) from None
     for path in (path for figure in built for path in figure.files):
         print(path)
     # Records given by hand feed some figures and not others; only a figure asked for by name must be there.
@@ -58,6 +70,16 @@ def _run(options: argparse.Namespace) -> int:
         options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps(_result(built, missing), indent=2) + "\n")
     return 0 if optional or not missing else 2
+
+
+def _check_places(options: argparse.Namespace) -> None:
+    """RecordError for an --out or --json that cannot be written, before anything is drawn."""
+    try:
+        cli.check_folder(options.out, "--out")
+        if options.json:
+            cli.check_file(options.json, "--json")
+    except InputError as error:
+        raise RecordError(str(error)) from None
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:
