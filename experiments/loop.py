@@ -51,8 +51,10 @@ def run(
     report: Reporter,
 ) -> Outcome:
     """Train from update `start` to `experiment.steps`; `state` is consumed (donated)."""
+    import jax
+
     e, pending, stopped, done = experiment, deque(), "", start
-    single = step.split.mesh is None or len({d.process_index for d in step.split.mesh.devices.flat}) == 1
+    single = jax.process_count() == 1
     shardings = step.batch_shardings()
 
     def make(at: int) -> dict[str, jax.Array]:
