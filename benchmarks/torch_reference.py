@@ -9,27 +9,29 @@ numpy is its only other import. Prints one JSON line:
 `--inputs FILE.npz` replaces the weights and the batch: weights under their names, and `tokens` and `labels`.
 """
 
+# ruff: noqa: E402 (the clock starts before the heavy imports)
+
 from __future__ import annotations
 
 import time
 
 _STARTED = time.perf_counter()
 
-import argparse  # noqa: E402  (the clock above must start before the heavy imports)
-import json  # noqa: E402
-import math  # noqa: E402
-import os  # noqa: E402
-import socket  # noqa: E402
-import statistics  # noqa: E402
-from dataclasses import asdict  # noqa: E402
+import argparse
+import json
+import math
+import os
+import socket
+import statistics
+from dataclasses import asdict
 
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-import torch.distributed as dist  # noqa: E402
-import torch.multiprocessing as mp  # noqa: E402
-import torch.nn.functional as F  # noqa: E402
-from torch import Tensor, nn  # noqa: E402
-from workload import Sizes, initial_weights, keep_freed_memory, sample_batch  # noqa: E402
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+import torch.nn.functional as F
+from torch import Tensor, nn
+from workload import Sizes, initial_weights, keep_freed_memory, sample_batch
 
 PROCESSES = {"eager": 1, "ddp": 2, "fsdp": 2}
 

@@ -11,6 +11,7 @@ from experiments.config import Experiment
 from experiments.data.contract import Dataset
 from sharding.axes import AXES, MeshShape
 from sharding.errors import InputError
+from sharding.partitioner import Auto, Partitioner
 
 if TYPE_CHECKING:
     from sharding.step import TrainStep
@@ -19,42 +20,62 @@ CACHE = Path(".cache")
 """Token files and compiled programs, rebuilt when they are not there."""
 
 
-def train_step(experiment: Experiment, devices: Sequence[Any] | int) -> TrainStep:
-    """The compiled step of an experiment on devices, or on a number of devices that are not there (to trace only)."""
-    from sharding.layout import Layouts
+def train_step(experiment: Experiment, devices: Sequence[Any] | int, model: Any = None) -> TrainStep:
+    """The compiled step of an experiment on devices, or on a number of devices that are not there (to trace only).
+
+    `model` stands in for the one that the experiment builds.
+    """
     from sharding.mesh import abstract_mesh, device_mesh
+
+    if isinstance(devices, int):
+        shape = experiment.mesh.resolve(devices)
+        platform = "cpu" if experiment.devices.kind == "pretend" else "accelerator"
+        return _step(
+            experiment, model, shape, abstract_mesh(shape, devices), experiment.partitioner, platform
+        )
+    shape = experiment.mesh.resolve(len(devices))
+    return _step(experiment, model, shape, device_mesh(shape, devices), experiment.partitioner)
+
+
+def one_device(experiment: Experiment, model: Any = None) -> TrainStep:
+    """The same step in plain jax.numpy on one device, without mesh or collectives: what every split must agree with."""
+    return _step(experiment, model, MeshShape(), None, Auto())
+
+
+def _step(
+    experiment: Experiment, model: Any, shape: MeshShape, mesh: Any, by: Partitioner, platform: str = ""
+) -> TrainStep:
+    from sharding.layout import Layouts
     from sharding.params import declare, matrices
     from sharding.step import Split, TrainStep
 
-    here = isinstance(devices, int)
-    count = devices if isinstance(devices, int) else len(devices)
-    shape = experiment.mesh.resolve(count)
+    model = experiment.model.build() if model is None else model
     layouts = Layouts(experiment.rules, shape.sizes())
-    model = experiment.model.build()
-    mesh: Any = abstract_mesh(shape, count) if here else device_mesh(shape, devices)  # type: ignore[arg-type]
-    platform = ("cpu" if experiment.devices.kind == "pretend" else "accelerator") if here else ""
-    split = Split(layouts, mesh, experiment.partitioner, experiment.accumulate, platform)
+    split = Split(layouts, mesh, by, experiment.accumulate, platform)
     optimizer = experiment.optimizer.build(experiment.steps, matrices(declare(model)))
-    made = TrainStep(model, optimizer, split, clip=getattr(experiment.optimizer, "clip", math.inf))
+    made = TrainStep(model, optimizer, split, clip=experiment.optimizer.largest_norm())
     check_batch(experiment, made)
     return made
 
 
 def check_batch(experiment: Experiment, step: TrainStep) -> None:
     """Refuse a batch that the rules split into parts that are not equal, or whose parts cannot be accumulated."""
-    sizes = step.split.layouts.sizes
     for entry, layout in step.inputs.items():
-        if "batch" not in layout.names:
-            continue
-        parts = 1
-        for axis in layout.dims[layout.names.index("batch")]:
-            parts *= sizes[axis]
-        if experiment.batch % (parts * experiment.accumulate):
-            raise InputError(
-                f"A batch of {experiment.batch} rows does not divide into {parts} parts (the rules split {entry}'s batch "
-                f"over {' x '.join(f'{a}={sizes[a]}' for a in layout.dims[layout.names.index('batch')]) or 'nothing'}) "
-                f"of {experiment.accumulate} micro-batches each. Make batch a multiple of {parts * experiment.accumulate}."
-            )
+        shape = step.abstract_batch(experiment.batch)[entry].shape
+        for name, n, axes in zip(layout.names, shape, layout.dims, strict=True):
+            parts = math.prod(step.split.layouts.sizes[a] for a in axes)
+            over = " x ".join(f"{a}={step.split.layouts.sizes[a]}" for a in axes) or "nothing"
+            if name == "batch" and n % (parts * experiment.accumulate):
+                raise InputError(
+                    f"A batch of {n} rows does not divide into {parts} parts (the rules split {entry}'s batch over {over}) "
+                    f"of {experiment.accumulate} micro-batches each. Make batch a multiple of "
+                    f"{parts * experiment.accumulate}."
+                )
+            if n % parts:
+                raise InputError(
+                    f"The rules split {name} = {n} of the batch entry {entry} into {parts} parts ({over}), which does not "
+                    f"divide. Make {name} a multiple of {parts}, or these axes smaller."
+                )
 
 
 def check_data(experiment: Experiment, dataset: Dataset, step: TrainStep) -> None:

@@ -25,6 +25,40 @@ def flatten(tree: Any) -> dict[str, Any]:
     return flat
 
 
+def is_key(leaf: Any) -> bool:
+    """Whether an array, or a jax.ShapeDtypeStruct, is of typed PRNG keys (`jax.random.key`), as some optimizers keep."""
+    import jax
+    import jax.numpy as jnp
+
+    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def numbers(leaf: Any) -> Any:
+    """A leaf as it is stored: typed PRNG keys as the uint32 that they hold, one dim more; anything else as it is.
+
+    An abstract leaf (jax.ShapeDtypeStruct with a sharding) becomes the abstract array of these numbers.
+    """
+    import jax
+
+    if not is_key(leaf):
+        return leaf
+    if isinstance(leaf, jax.Array):
+        return jax.random.key_data(leaf)
+    held = jax.eval_shape(jax.random.key_data, leaf)
+    return jax.ShapeDtypeStruct(held.shape, held.dtype, sharding=leaf.sharding)
+
+
+def like(asked: Any, stored: Any) -> Any:
+    """A stored array as what the abstract leaf `asked` says: the inverse of ``numbers``."""
+    import jax
+
+    if not is_key(asked):
+        return stored
+    kinds: list[Any] = []
+    jax.eval_shape(lambda key: kinds.append(jax.random.key_impl(key)), asked)  # only keys tell, shapes do not
+    return jax.random.wrap_key_data(stored, impl=kinds[0])
+
+
 def nest(flat: Mapping[str, Any]) -> dict[str, Any]:
     """The dict of dicts with these paths; the inverse of ``flatten`` up to the kinds of container."""
     root: dict[str, Any] = {}
@@ -79,9 +113,8 @@ def complete_meta(meta: Mapping[str, Any], step: int, arrays: Mapping[str, Any])
 
 
 def check_savable(arrays: Mapping[str, Any]) -> None:
-    """Raise InputError unless these are arrays that a checkpoint can hold: jax.Arrays, no typed PRNG keys."""
+    """Raise InputError unless these are arrays that a checkpoint can hold: jax.Arrays, at least one."""
     import jax
-    import jax.numpy as jnp
 
     strange = [f"{path} ({type(x).__name__})" for path, x in arrays.items() if not isinstance(x, jax.Array)]
     if not arrays:
@@ -89,11 +122,6 @@ def check_savable(arrays: Mapping[str, Any]) -> None:
     if strange:
         raise InputError(
             f"a checkpoint holds jax.Arrays alone; put these into arrays first: {some(strange)}."
-        )
-    keys = [path for path, x in arrays.items() if jnp.issubdtype(x.dtype, jax.dtypes.prng_key)]
-    if keys:
-        raise InputError(
-            f"typed PRNG keys cannot be saved; keep their jax.random.key_data instead: {some(keys)}."
         )
 
 

@@ -15,7 +15,7 @@ old step is being deleted) leaves the newest sealed step as it was.
 
 On the disk the state is a tree of plain dicts keyed by the parts of each leaf's path, so optax's NamedTuples
 and EmptyStates, tuples and dicts all come back into whatever structure is asked for, and any other tool can
-read them.
+read them. Typed PRNG keys are stored as the numbers they hold; "tree" says of which kind they are.
 
 Under several processes every method is called by all of them; the folder is one file system that all of them
 see.
@@ -40,7 +40,9 @@ from experiments.checkpoint_tree import (
     complete_meta,
     differences,
     flatten,
+    like,
     nest,
+    numbers,
     some,
     summary,
 )
@@ -120,8 +122,8 @@ class CheckpointStore:
         long. ``meta`` is JSON; the store adds "step" and "tree" {path: [shape, dtype]}. An earlier save still
         in flight is waited for (and counted), and its error raised here.
 
-        Raises InputError for a step that exists, a leaf that is no jax.Array (or is a typed PRNG key: keep
-        its ``jax.random.key_data``), meta that is no JSON, or a disk without room for the state.
+        Raises InputError for a step that exists, a leaf that is no jax.Array, meta that is no JSON, or a disk
+        without room for the state.
         """
         start = time.perf_counter()
         self.wait()
@@ -144,7 +146,8 @@ class CheckpointStore:
         import orbax.checkpoint as ocp
 
         self._saving = step
-        items = ocp.args.Composite(state=ocp.args.StandardSave(nest(arrays)), meta=ocp.args.JsonSave(meta))
+        stored = nest({path: numbers(x) for path, x in arrays.items()})
+        items = ocp.args.Composite(state=ocp.args.StandardSave(stored), meta=ocp.args.JsonSave(meta))
         try:
             self._orbax().save(step, args=items, force=True)
         except Exception as error:
@@ -193,19 +196,22 @@ class CheckpointStore:
         unplaced = [path for path, leaf in asked.items() if getattr(leaf, "sharding", None) is None]
         if unplaced:
             raise InputError(f"restore needs a sharding for every array; {some(unplaced)} have none.")
-        items = ocp.args.Composite(state=ocp.args.StandardRestore(nest(asked)), meta=ocp.args.JsonRestore())
+        plain = {path: numbers(leaf) for path, leaf in asked.items()}
+        meta = self.meta(step)
         with self._reading(step):
-            stored = flatten(self._orbax().item_metadata(step)["state"].tree)
-            if differing := differences(summary(stored), summary(asked)):
+            stored = summary(flatten(self._orbax().item_metadata(step)["state"].tree))
+            # Of keys the files hold numbers; only the meta says that they are keys, and of which kind.
+            stored |= {path: told for path, told in meta["tree"].items() if told[1].startswith("key<")}
+            if differing := differences(stored, summary(asked)):
                 raise InputError(
                     f"the checkpoint of step {step} in {self.folder} is of another model: "
                     f"{'; '.join(differing)}. Restore it with the config it was saved from, or give this run "
                     f"a folder of its own."
                 )
-            restored = self._orbax().restore(step, args=items)
-        arrays = flatten(restored["state"])
-        leaves = [arrays[path] for path in asked]
-        return jax.tree.unflatten(jax.tree.structure(abstract_state), leaves), dict(restored["meta"])
+            items = ocp.args.Composite(state=ocp.args.StandardRestore(nest(plain)))
+            arrays = flatten(self._orbax().restore(step, args=items)["state"])
+        leaves = [like(leaf, arrays[path]) for path, leaf in asked.items()]
+        return jax.tree.unflatten(jax.tree.structure(abstract_state), leaves), meta
 
     def close(self) -> None:
         """Wait for the save in flight (raising its error), and let go of the folder."""

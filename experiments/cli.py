@@ -15,8 +15,10 @@ import dataclasses
 import errno
 import importlib
 import importlib.metadata
+import itertools
 import os
 import platform
+import re
 import shutil
 import sys
 import tempfile
@@ -88,7 +90,7 @@ def read(argv: Sequence[str], flags: type[F]) -> tuple[Experiment, F, Origin]:
             f"{program} takes a CONFIG first, then flags{f', but got {argv[0]!r}' if argv else ''}. "
             f"For example: {program} configs/quickstart.py"
         )
-    path = Path(argv[0])
+    path, argv = Path(argv[0]), [argv[0], *_spelled_out(argv[1:])]
     experiment = load(path)
     own = {field.name for field in dataclasses.fields(flags)}  # pyright: ignore[reportArgumentType]
     both = own & {field.name for field in dataclasses.fields(experiment)}
@@ -172,6 +174,15 @@ def paragraph(text: str) -> str:
     return textwrap.fill(
         text, shutil.get_terminal_size().columns, break_long_words=False, break_on_hyphens=False
     )
+
+
+def _spelled_out(words: Sequence[str]) -> list[str]:
+    """`--devices 4` for `--devices.count 4`: the number of devices is what nearly everybody means."""
+    named = list(words)
+    for i, (word, value) in enumerate(itertools.pairwise(words)):
+        if word == "--devices" and value.lstrip("-").isdecimal():
+            named[i] = "--devices.count"
+    return [re.sub(r"^--devices=(?=-?\d+$)", "--devices.count=", word) for word in named]
 
 
 def _run(arguments: list[str]) -> int:

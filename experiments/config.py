@@ -33,11 +33,13 @@ class ModelConfig(Protocol):
 
 @runtime_checkable
 class Optimizer(Protocol):
-    """A frozen dataclass, jax-free, that makes an optax transformation for a run of so many steps.
+    """A frozen dataclass, jax-free, that makes an optax transformation for a run of so many steps."""
 
-    A field `clip`, where there is one, is the largest global norm of the gradient: the train step clips before the
-    transformation, because only there the norm over all shards is known.
-    """
+    def largest_norm(self) -> float:
+        """Global norm to which a larger gradient is clipped; inf: none is. The train step clips, before the
+        transformation, because only there the norm over all shards is known.
+        """
+        ...
 
     def schedule(self, steps: int) -> Any:
         """Step -> learning rate."""
@@ -176,7 +178,8 @@ class Experiment:
             if not isinstance(getattr(self, name), kinds):
                 wanted = " or ".join(kind.__name__ for kind in kinds)
                 raise InputError(
-                    f"{name} is {_article(getattr(self, name))}, but an experiment has a {wanted} there. Change {name}."
+                    f"{name} is {_article(getattr(self, name))}, but an experiment has a {wanted} there"
+                    f"{_lacking(getattr(self, name), kinds)}. Change {name}."
                 )
         require("", "batch", self.batch, 1, "the global rows of one step")
         require("", "steps", self.steps, 1, "the optimizer steps of the run")
@@ -219,6 +222,13 @@ def load(path: str | Path) -> Experiment:
             f"(`from experiments.config import Experiment`). Is the `return` missing?"
         )
     return value
+
+
+def _lacking(value: object, kinds: tuple[type, ...]) -> str:
+    """` (it lacks clip)` for a value that has a part of a protocol, else an empty string."""
+    parts = [n for kind in kinds if issubclass(kind, Protocol) for n in dir(kind) if not n.startswith("_")]
+    lacking = [n for n in parts if not hasattr(value, n)]
+    return f" (it lacks {', '.join(lacking)})" if len(lacking) < len(parts) else ""
 
 
 def _article(value: object) -> str:

@@ -126,7 +126,7 @@ def together(processes: Processes) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        if processes.coordinator:
+        if processes.coordinator and _connected():
             code = (
                 2
                 if isinstance(error, (InputError, RecordError))
@@ -136,6 +136,12 @@ def together(processes: Processes) -> Iterator[None]:
             )
             atexit.register(_leave, code)
         raise
+
+
+def _connected() -> bool:
+    """Whether other processes wait for this one; not so for what is refused before it has met them."""
+    jax = sys.modules.get("jax")
+    return jax is not None and jax.distributed.is_initialized()
 
 
 def _leave(code: int) -> None:

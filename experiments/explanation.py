@@ -8,18 +8,20 @@ every layout and traces the step on a mesh of devices that are not there. A run 
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from experiments.assemble import train_step
 from experiments.config import Experiment
 from sharding.errors import InputError
+from sharding.finding import Finding, Limits
 from sharding.layout import Layout
-from sharding.partitioner import Auto, Manual
+from sharding.paths import ByPath
 from sharding.rule import PARAM_ROLES, Rules
 
 if TYPE_CHECKING:
+    from sharding.check import Traced
     from sharding.region import Tap
     from sharding.step import TrainStep
 
@@ -83,6 +85,10 @@ class Explanation:
     lines: tuple[Line, ...]
     collectives: tuple[dict[str, Any], ...]
     """Per axis and kind: how many in one step and the bytes each device sends. Empty under XLA's partitioner."""
+    sources: tuple[dict[str, Any], ...]
+    """The same by the line and op that asked for them, with the rules that split arrays over these axes."""
+    findings: tuple[Finding, ...]
+    """What the split wastes, the gravest first."""
     forward_flops: int
     tokens: int
     bytes_per_device: dict[str, int]
@@ -100,7 +106,7 @@ class Explanation:
 HELD = ("parameter", "gradient", "optimizer", "batch")
 
 
-def explain(experiment: Experiment, devices: int) -> Explanation:
+def explain(experiment: Experiment, devices: int, limits: Limits = Limits()) -> Explanation:  # noqa: B008
     """Explain an experiment on `devices` devices that need not be there: no backend of jax is started.
 
     Traced as it would run on the CPU for pretend devices and on an accelerator otherwise (models may unroll their
@@ -111,7 +117,7 @@ def explain(experiment: Experiment, devices: int) -> Explanation:
     made: list[Explanation] = []
 
     def make() -> None:
-        made.append(explain_step(experiment, train_step(experiment, devices)))
+        made.append(explain_step(experiment, train_step(experiment, devices), limits))
 
     # Inside a trace no operation runs: optax makes its counters when it is asked for the state's structure, and outside
     # one that alone would start a backend.
@@ -119,29 +125,18 @@ def explain(experiment: Experiment, devices: int) -> Explanation:
     return made[0]
 
 
-def explain_step(experiment: Experiment, step: TrainStep) -> Explanation:
+def explain_step(experiment: Experiment, step: TrainStep, limits: Limits = Limits()) -> Explanation:  # noqa: B008
     """Explain a step that was made already: on a mesh of real devices its first call finds this trace."""
-    import jax
+    from sharding.check import findings, traced
+    from sharding.ledger import flops
 
-    from sharding.ledger import collectives, flops, per_axis
-    from sharding.plain import check_reductions
-
-    layouts, sizes = step.split.layouts, step.split.layouts.sizes
-    state, batch = step.abstract_state(), step.abstract_batch(experiment.batch)
-    taps: list[Tap] = []
-    forward = _forward(step, state["params"], batch, taps)
-    _check_divides(taps, step)
-    if isinstance(experiment.partitioner, Manual):
-        check_reductions(forward, jax.make_jaxpr(step.evaluation)(state["params"], batch))
-    lines = [*_parameters(step, state), *_inputs(step, batch), *_activations(taps, step)]
-    found: list[dict[str, Any]] = []
-    if isinstance(experiment.partitioner, Manual):
-        for axes, kinds in per_axis(collectives(_update(step, state, batch), sizes)).items():
-            found += [
-                {"axes": axes, "kind": kind, "per_step": count, "bytes_sent_per_device": sent}
-                for kind, (count, sent) in kinds.items()
-            ]
-    layouts.check_used()
+    sizes = step.split.layouts.sizes
+    try:
+        seen = traced(step, experiment.batch)
+    except InputError as error:
+        raise InputError(str(error).replace(f"{ROOT}/", "")) from error
+    lines = [*_parameters(step, seen.state), *_inputs(step, seen.batch), *_activations(seen.taps, step)]
+    totals, sources = _traffic(seen, step)
     return Explanation(
         name=experiment.name,
         mesh={a: n for a, n in sizes.items() if n > 1},
@@ -151,56 +146,61 @@ def explain_step(experiment: Experiment, step: TrainStep) -> Explanation:
         partitioner=repr(experiment.partitioner),
         parameters=sum(s.size for s in step.tree.values()),
         lines=tuple(lines),
-        collectives=tuple(found),
-        forward_flops=flops(forward),
-        tokens=math.prod(batch["labels"].shape),
+        collectives=totals,
+        sources=sources,
+        findings=tuple(_near(f) for f in findings(step, seen, limits)),
+        forward_flops=flops(seen.forward),
+        tokens=counted(seen.batch),
         bytes_per_device={
             kind: sum(line.bytes_per_device for line in lines if line.kind == kind) for kind in HELD
         },
     )
 
 
-def _update(step: TrainStep, state: Any, batch: Any) -> Any:
-    """The jaxpr of one update. On real devices it is traced as the compiled step will be called, and kept by jax."""
-    import jax
-    from jax.sharding import Mesh
-
-    if not isinstance(step.split.mesh, Mesh):
-        return jax.make_jaxpr(step.update)(state, batch)
-    lies = step.batch_shardings()
-    put = {k: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=lies[k]) for k, x in batch.items()}
-    return step.step.trace(state, put).jaxpr
+def counted(batch: dict[str, Any]) -> int:
+    """Tokens or examples of a batch: as many as it has labels, or weights where a model's targets have another name."""
+    rows = next(iter(batch.values())).shape[:1]
+    return math.prod(next((batch[k].shape for k in ("labels", "weights") if k in batch), rows))
 
 
-def _check_divides(taps: list[Any], step: TrainStep) -> None:
-    """Refuse an activation that the rules split into parts that are not equal."""
-    layouts = step.split.layouts
-    for tap in taps:
-        lies = layouts.activation(tap.names)
-        for name, n, axes in zip(tap.names, tap.shape, lies.dims, strict=True):
-            parts = math.prod(layouts.sizes[a] for a in axes)
-            if n % parts:
-                raise InputError(
-                    f"{_short(tap.source)}: the rules {layouts.rules!r} split {name} = {n} of an activation "
-                    f"({' '.join(tap.names)}) into {parts} parts ({' x '.join(f'{a}={layouts.sizes[a]}' for a in axes)}), "
-                    f"which does not divide. Make {name} a multiple of {parts}, or these axes smaller."
-                )
+def _traffic(seen: Traced, step: TrainStep) -> tuple[tuple[dict[str, Any], ...], tuple[dict[str, Any], ...]]:
+    """Every collective of the step summed by axes and kind, and by the line that asked for it, the most bytes first."""
+    from sharding.ledger import collectives, per_axis
+    from sharding.waste import rules_of
+
+    if seen.update is None:
+        return (), ()
+    found = collectives(seen.update, step.split.layouts.sizes)
+    totals = tuple(
+        {"axes": axes, "kind": kind, "per_step": count, "bytes_sent_per_device": sent}
+        for axes, kinds in per_axis(found).items()
+        for kind, (count, sent) in kinds.items()
+    )
+    placed, by = rules_of(step.split.layouts), {}
+    for c in found:
+        key = (_short(c.source), c.op, c.axes, c.kind)
+        count, sent = by.get(key, (0, 0))
+        by[key] = (count + c.times, sent + c.bytes)
+    rows = (
+        {"source": source, "op": op, "axes": axes, "kind": kind, "per_step": count, "bytes_sent_per_device": sent,
+         "rules": tuple(dict.fromkeys(f"{call} {_short(at)}" for a in axes for call, at in placed[a]))}
+        for (source, op, axes, kind), (count, sent) in by.items()
+    )  # fmt: skip
+    return totals, tuple(sorted(rows, key=lambda row: -row["bytes_sent_per_device"]))
 
 
-def _forward(step: TrainStep, params: Any, batch: Any, taps: list[Any] | None) -> Any:
-    """The jaxpr of the forward pass on global shapes, without a mesh: what the arrays are."""
-    import jax
-
-    from sharding.region import enter
-
-    region = step.region(taps)
-    region.mesh, region.partitioner = None, Auto()
-    with enter(region):
-        return jax.make_jaxpr(lambda p, b: step.evaluate_sums(p, b))(params, batch)
+def _near(finding: Finding) -> Finding:
+    """The finding with files as seen from the repository."""
+    cut = lambda x: x.replace(f"{ROOT}/", "")
+    return replace(
+        finding, path=cut(finding.path), says=cut(finding.says), sources=tuple(map(cut, finding.sources))
+    )
 
 
 def _parameters(step: TrainStep, state: Any) -> list[Line]:
-    moments, lines = _moments(state, step.tree), []
+    from sharding.check import optimizer_copies
+
+    moments, lines = optimizer_copies(step, state), []
     for path, spec in step.tree.items():
         lies, what = step.layouts[path], (path, spec.shape, str(spec.dtype))
         gathered = tuple(a for a in lies.param.axes if a not in lies.compute.axes)
@@ -212,18 +212,6 @@ def _parameters(step: TrainStep, state: Any) -> list[Line]:
     return lines
 
 
-def _moments(state: Any, tree: dict[str, Any]) -> dict[str, int]:
-    """How many arrays of optimizer state each parameter has."""
-    import jax
-
-    count = dict.fromkeys(tree, 0)
-    for keys, _ in jax.tree_util.tree_flatten_with_path(state["optimizer"])[0]:
-        last = str(getattr(keys[-1], "key", "")) if keys else ""
-        if last in count:
-            count[last] += 1
-    return count
-
-
 def _inputs(step: TrainStep, batch: dict[str, Any]) -> list[Line]:
     return [
         _line("batch", "activation", k, tuple(x.shape), str(x.dtype), step.inputs[k], step)
@@ -231,7 +219,7 @@ def _inputs(step: TrainStep, batch: dict[str, Any]) -> list[Line]:
     ]
 
 
-def _activations(taps: list[Tap], step: TrainStep) -> list[Line]:
+def _activations(taps: tuple[Tap, ...], step: TrainStep) -> list[Line]:
     """Each named op's result once, however many layers or micro-batches repeat it."""
     once = {(t.op, t.names, t.shape, t.source): t for t in taps if t.names}
     return [
@@ -267,7 +255,8 @@ def _whole(lies: Layout, role: str, rules: Rules) -> str:
     if not lies.names:
         return "a scalar"
     roles = ("activation",) if role == "activation" else PARAM_ROLES[: PARAM_ROLES.index(role) + 1]
-    asked = [r.call for r in rules.chain if any(callable(getattr(r, x)) for x in roles)]
+    searches = lambda placing: callable(placing) and not isinstance(placing, ByPath)
+    asked = [r.call for r in rules.chain if any(searches(getattr(r, x)) for x in roles)]
     searched = f", and {' and '.join(asked)} found no dim that divides" if asked else ""
     return f"no rule names {' or '.join(dict.fromkeys(lies.names))}{searched}"
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from sharding.errors import InputError
@@ -35,7 +35,7 @@ class AdamW:
     """Added to the root of the squared gradient's mean."""
     weight_decay: float = 0.1
     """Fraction of a parameter taken off per unit of learning rate, from matrices; scales and biases do not decay."""
-    clip: float = 1.0
+    clip: float = field(default=1.0, metadata={"infinite": "no clipping"})
     """Largest norm of the gradient over all parameters together; inf leaves it as it is."""
 
     def __post_init__(self) -> None:
@@ -58,6 +58,10 @@ class AdamW:
                     f"optimizer.{name} is {getattr(self, name)!r}, but it must be {wanted}. Change it."
                 )
 
+    def largest_norm(self) -> float:
+        """`clip`, at which the train step clips."""
+        return self.clip
+
     def schedule(self, steps: int) -> Callable[[Any], Any]:
         """Step (int or traced int32 scalar, from 0) -> learning rate (float32 scalar) of a run of `steps` steps."""
         import jax.numpy as jnp
@@ -75,7 +79,7 @@ class AdamW:
     def build(self, steps: int, matrices: Any = None) -> optax.GradientTransformation:
         """AdamW and its schedule for a run of `steps` optimizer steps, without clipping.
 
-        The train step clips before it (`clip`), because only there the norm over all shards is known. `matrices`, a
+        The train step clips before it (`largest_norm`), because only there the norm over all shards is known. `matrices`, a
         tree of truths like the parameters, says which of them decay; None decays all.
         """
         import optax

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import io
+import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -70,6 +71,7 @@ def parse(
         )
 
     known = {flag: leaf for part in (flags, experiment) if part is not None for flag, leaf in _leaves(part)}
+    _check_finite(arguments, known)
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
@@ -139,6 +141,31 @@ class Leaf:
 
     type: Any
     now: Any
+    infinite: str = ""
+    """What infinity means there; "" where it means nothing. A field says so as metadata={"infinite": "no clipping"}."""
+
+
+def _check_finite(arguments: Sequence[str], known: dict[str, Leaf]) -> None:
+    """Refuse nan for any number, and infinity where the field does not say what it means: both spoil a run unseen."""
+    for group in groups(arguments):
+        leaf = known.get(plain(group[0]))
+        if leaf is None or float not in (leaf.type, *get_args(leaf.type)):
+            continue
+        flag, _, value = group[0].partition("=")
+        for word in (value, *group[1:]):
+            if _spoils(word, leaf):
+                more = f", or inf ({leaf.infinite})" if leaf.infinite else ""
+                raise InputError(
+                    f"{flag} {word} is no finite number. It is {leaf.now} now: give a finite number{more}."
+                )
+
+
+def _spoils(word: str, leaf: Leaf) -> bool:
+    try:
+        number = float(word)
+    except ValueError:  # tyro says so
+        return False
+    return math.isnan(number) or (math.isinf(number) and not leaf.infinite)
 
 
 def _required(field: dataclasses.Field[Any]) -> bool:
@@ -154,7 +181,7 @@ def _leaves(value: Any, prefix: str = "") -> Iterator[tuple[str, Leaf]]:
         if dataclasses.is_dataclass(now) and not whole:
             yield from _leaves(now, f"{prefix}{field.name}.")
             continue
-        yield prefix + field.name, Leaf(hints[field.name], now)
+        yield prefix + field.name, Leaf(hints[field.name], now, field.metadata.get("infinite", ""))
         if hints[field.name] is bool:
             yield f"{prefix}no_{field.name}", Leaf(bool, now)
 

@@ -74,8 +74,9 @@ def check_writable(runs: Path) -> None:
 def new(experiment: Experiment, runs: Path, makes: bool) -> Iterator[Path]:
     """A new folder runs/NAME/TIME-HASH, made by process 0 (`makes`) and told to the others.
 
-    Whatever is raised before `started(folder)` takes the folder away again, and the folders above it that were made
-    for it.
+    Whatever is raised before the run has done its first step takes the folder away again, and the folders above it
+    that were made for it: there is nothing in it to go on from, and nothing to look at. A run that is killed then
+    leaves its folder; `to_resume` passes over it.
     """
     folder = runs / experiment.name / f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{config_hash(experiment)[:8]}"
     made: list[Path] = []
@@ -85,7 +86,7 @@ def new(experiment: Experiment, runs: Path, makes: bool) -> Iterator[Path]:
     try:
         yield folder
     except BaseException:
-        if made and not (folder / "records.jsonl").exists():
+        if made and not _stepped(folder):
             shutil.rmtree(folder, ignore_errors=True)
             for above in made[1:]:
                 if not any(above.iterdir()):
@@ -133,6 +134,12 @@ def check_same(folder: Path, was: dict[str, Any], now: dict[str, Any]) -> None:
 def _steps(folder: Path) -> list[int]:
     checkpoints = folder / "checkpoints"
     return sealed_steps(checkpoints) if checkpoints.is_dir() else []
+
+
+def _stepped(folder: Path) -> bool:
+    """Whether the run of a new folder has done a step: its events, written line by line, then say so."""
+    events = folder / "events.jsonl"
+    return events.exists() and b'"first_step"' in events.read_bytes()
 
 
 def _make(folder: Path) -> tuple[Path, list[Path]]:

@@ -8,7 +8,6 @@ if they do.
 
 from __future__ import annotations
 
-import math
 import os
 import time
 from collections.abc import Iterator, Sequence
@@ -91,6 +90,8 @@ def prepare(sweep: Sweep, found: Sequence[Any]) -> tuple[list[Side], Dataset]:
 def _side(sweep: Sweep, point: Point, found: Sequence[Any], dataset: Dataset) -> Side:
     import jax
 
+    from experiments.explanation import counted
+
     began, experiment = time.perf_counter(), sweep.experiment(point)
     with of(point):
         step = assemble.train_step(experiment, found)
@@ -99,8 +100,9 @@ def _side(sweep: Sweep, point: Point, found: Sequence[Any], dataset: Dataset) ->
         batch = {k: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=shardings[k]) for k, x in shapes.items()}
         lowered = step.step.lower(step.abstract_state(), batch)
         step.split.layouts.check_used()
-    tokens = math.prod(shapes["labels"].shape)
-    return Side(point, experiment, step, tokens, lowered, compile_seconds=time.perf_counter() - began)
+    return Side(
+        point, experiment, step, counted(shapes), lowered, compile_seconds=time.perf_counter() - began
+    )
 
 
 def _compile(side: Side, initial: Any) -> None:

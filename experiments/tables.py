@@ -38,10 +38,15 @@ def print_explanation(told: Explanation, full: bool = True) -> None:
     if full:
         _like_parameters(console, told, marks, piped)
         _arrays(console, f"Batch: {_held(told, 'batch')}", told.of("batch"), marks, piped)
-        title = "Activations, as the named ops make them (a layer's once)"
-        _arrays(console, title, told.of("activation"), marks, piped)
+        if made := told.of("activation"):
+            _arrays(console, "Activations, as the named ops make them (a layer's once)", made, marks, piped)
+        else:
+            console.print("[bold]Activations[/]: the model calls no named op, so XLA lays them out\n")
     _left(console, told, ("parameter", "batch", "activation") if full else ("parameter",))
     _traffic(console, told)
+    if full:
+        _sources(console, told, piped)
+        _findings(console, told)
 
 
 def _head(console: Console, told: Explanation) -> None:
@@ -187,4 +192,41 @@ def _traffic(console: Console, told: Explanation) -> None:
     for c in told.collectives:
         table.add_row(" x ".join(c["axes"]), c["kind"], str(c["per_step"]), human(c["bytes_sent_per_device"]))
     console.print(table)
+    console.print()
+
+
+MOST = 10
+"""Lines of model code whose collectives a terminal shows; the rest is one row, and all are in the JSON."""
+
+
+def _sources(console: Console, told: Explanation, piped: bool) -> None:
+    """Which line of the model, or of the step, each collective is for, the most bytes first."""
+    if not told.sources:
+        return
+    table = _table("What they are for", "asked for by", "over", "kind", "times", "each device sends",
+                   *(["axis used by"] if piped else []))  # fmt: skip
+    for c in told.sources if piped else told.sources[:MOST]:
+        source = c["source"] if piped else c["source"].rpartition("/")[2]
+        cells = (" x ".join(c["axes"]), c["kind"], str(c["per_step"]), human(c["bytes_sent_per_device"]))
+        table.add_row(f"{source} {c['op']}", *cells, *([", ".join(c["rules"])] if piped else []))
+    left = () if piped else told.sources[MOST:]
+    if left:
+        times, sent = (sum(c[k] for c in left) for k in ("per_step", "bytes_sent_per_device"))
+        table.add_row(f"{len(left)} more (--json lists all)", "", "", str(times), human(sent))
+    console.print(table)
+    console.print()
+
+
+def _findings(console: Console, told: Explanation) -> None:
+    """What the split wastes."""
+    if not told.findings:
+        return
+    console.print(f"[bold]Findings: {len(told.findings)}[/]")
+    from rich.padding import Padding
+    from rich.text import Text
+
+    for finding in told.findings:
+        console.print(f"[{'red' if finding.severity == 'error' else 'yellow'}]{finding.kind}[/]")
+        console.print(Padding(Text(finding.says), (0, 0, 0, 2)))
+        console.print(Padding(Text(finding.change, style="green"), (0, 0, 0, 2)))
     console.print()

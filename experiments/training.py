@@ -122,6 +122,8 @@ def _run(run: Run, folder: Path, resumed: bool, show: Progress) -> Result:
         store = stack.enter_context(CheckpointStore(folder / "checkpoints", run.experiment.checkpoints.keep))
         for note in store.notes:
             show.line(note, "yellow")
+        for finding in run.told.findings:  # before anything is compiled: now it costs least to stop
+            show.line(f"{finding.kind}: {finding.text()}", "red" if finding.severity == "error" else "yellow")
         state, start = _state(run, store, resumed)
         if run.first:
             _describe(run, folder, resumed)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -49,10 +50,10 @@ class TransformerConfig:
                     f"The transformer has {name}={getattr(self, name)}, but every size must be at least 1. "
                     f"Set model.{name} to 1 or more."
                 )
-        if not self.theta > 0:
+        if not 0 < self.theta < math.inf:  # nor NaN
             raise InputError(
-                f"The transformer has theta={self.theta}, but the base of rotary frequencies must be above 0. "
-                f"Set model.theta to 10000, say."
+                f"The transformer has theta={self.theta}, but the base of rotary frequencies must be a finite number "
+                f"above 0. Set model.theta to 10000, say."
             )
 
     def build(self) -> Transformer:

@@ -17,6 +17,7 @@ import io
 import os
 import re
 import sys
+import traceback
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,6 +60,10 @@ class Built:
     records: tuple[Path, ...]
 
 
+class BrokenFigure(RecordError):
+    """A figure's own code raised, when it was read or when it drew; its cause holds the traceback."""
+
+
 def figure_names() -> list[str]:
     """Names of the figures in this folder, sorted, found by their place and without importing them."""
     return sorted(p.stem for p in HERE.glob("*.py") if p.stem not in _NOT_FIGURES)
@@ -66,7 +71,7 @@ def figure_names() -> list[str]:
 
 def load(name: str) -> Source:
     """The figure of that name, or in the Python file of that path. RecordError when there is none or it is no
-    figure.
+    figure, BrokenFigure when its file cannot be read.
     """
     path = Path(name) if name.endswith(".py") else HERE / f"{name}.py"
     if not path.is_file() or path.stem in _NOT_FIGURES:
@@ -75,7 +80,10 @@ def load(name: str) -> Source:
             "is given by "
             "its path, ending in .py."
         )
-    module = _import(path.resolve())
+    try:
+        module = _import(path.resolve())
+    except Exception as error:
+        raise _broken(path, error) from error
     globs = getattr(module, "RECORDS", None)
     sections = _sections(module.__doc__ or "")
     lacking = [f"the docstring's section {s}:" for s in SECTIONS if not sections.get(s)]
@@ -113,7 +121,7 @@ def build(
     name: str, out: str | Path, formats: Sequence[str] = FORMATS, paths: Sequence[str | Path] | None = None
 ) -> Built:
     """Draws one figure and saves it as ``out/NAME.FORMAT``. RecordError when records are missing or do not
-    fit.
+    fit, BrokenFigure when the figure's own code raises.
     """
     unknown = [f for f in formats if f not in FORMATS]
     if unknown or not formats:
@@ -127,12 +135,20 @@ def build(
 
     with style.house(source.name):
         try:
-            figure = source.draw(records)
+            figure: Any = source.draw(records)
+            if not hasattr(figure, "savefig"):
+                raise TypeError(f"draw(records) returned {figure!r}, no matplotlib figure")
+            pictures = {f: _rendered(figure, f) for f in formats}
         except MissingRecords as error:
             raise MissingRecords(
                 _missing(source, f"{error} Read: {', '.join(str(f) for f in files)}")
             ) from None
-        return Built(source.name, tuple(_save(figure, Path(out), source.name, f) for f in formats), files)
+        except RecordError:
+            raise
+        except Exception as error:
+            raise _broken(source.path, error) from error
+    saved = tuple(_save(picture, Path(out), source.name, f) for f, picture in pictures.items())
+    return Built(source.name, saved, files)
 
 
 def require_matplotlib() -> None:
@@ -144,14 +160,30 @@ def require_matplotlib() -> None:
         )
 
 
-def _save(figure: Figure, out: Path, name: str, extension: str) -> Path:
+def _rendered(figure: Figure, extension: str) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format=extension, metadata=_METADATA[extension])
+    return buffer.getvalue()
+
+
+def _save(picture: bytes, out: Path, name: str, extension: str) -> Path:
     out.mkdir(parents=True, exist_ok=True)
     path, partial = out / f"{name}.{extension}", out / f".{name}.{extension}.partial"
-    partial.write_bytes(buffer.getvalue())
+    partial.write_bytes(picture)
     os.replace(partial, path)  # a reader sees the old picture or the new one, never half of one
     return path
+
+
+def _broken(path: Path, error: Exception) -> BrokenFigure:
+    """Which line of a figure's file raised what, in one paragraph."""
+    if isinstance(error, SyntaxError) and Path(error.filename or "").is_file():  # or of what it imports
+        return BrokenFigure(
+            f"The figure file {error.filename} cannot be read: line {error.lineno}: {error.msg}. Correct that line."
+        )
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if Path(f.filename) == path.resolve()]
+    line = f", line {frames[-1].lineno}: `{(frames[-1].line or '').strip()}`" if frames else ""
+    what = f"{type(error).__name__}: {error}"
+    return BrokenFigure(f"The figure {path.stem} cannot be drawn: {what} ({path}{line}). Correct that.")
 
 
 def _missing(source: Source, reason: str) -> str:
@@ -183,15 +215,15 @@ def build_all(
     out: str | Path,
     formats: Sequence[str] = FORMATS,
     paths: Sequence[str | Path] | None = None,
-) -> tuple[list[Built], dict[str, MissingRecords]]:
-    """Builds each figure; those whose records are missing are returned by name with the reason, beside those
-    built.
+) -> tuple[list[Built], dict[str, MissingRecords | BrokenFigure]]:
+    """Builds each figure; those whose records are missing or whose own code raises are returned by name with the
+    reason, beside those built.
     """
     built: list[Built] = []
-    missing: dict[str, MissingRecords] = {}
+    failed: dict[str, MissingRecords | BrokenFigure] = {}
     for name in names:
         try:
             built.append(build(name, out, formats, paths))
-        except MissingRecords as error:
-            missing[name] = error
-    return built, missing
+        except (MissingRecords, BrokenFigure) as error:
+            failed[name] = error
+    return built, failed

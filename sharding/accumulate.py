@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from sharding.errors import InputError
+from sharding.relayout import vary
 
 T = TypeVar("T")
 Order = Literal["consecutive", "interleaved"]
@@ -33,12 +34,19 @@ def accumulated(
             f"accumulate x the devices that split it, or accumulate a divisor of {rows}."
         )
     parts = {name: _parts(x, n, order) for name, x in batch.items()}
-    first = one({name: x[0] for name, x in parts.items()})
+    # From zero, so that the scan's body is all of the program: beginning with the first micro-batch would compile twice.
+    sums = jax.eval_shape(one, {name: x[0] for name, x in parts.items()})
 
     def add(total: T, part: Mapping[str, Array]) -> tuple[T, None]:
         return jax.tree.map(jnp.add, total, one(part)), None
 
-    return lax.scan(add, first, {name: x[1:] for name, x in parts.items()})[0]
+    return lax.scan(add, jax.tree.map(_zero, sums), parts)[0]
+
+
+def _zero(like: jax.ShapeDtypeStruct) -> Array:
+    """Zeros of a shape, dtype and, inside a manual region, of the varying type that a sum over them will have."""
+    kind = like.manual_axis_type
+    return vary(jnp.zeros(like.shape, like.dtype), frozenset() if kind is None else frozenset(kind.varying))
 
 
 def _parts(x: Array, n: int, order: Order) -> Array:

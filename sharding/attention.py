@@ -8,24 +8,25 @@ from jax import Array, lax
 from sharding.causal import causal_attention
 from sharding.errors import InputError
 from sharding.ops import back, positions, whole
-from sharding.region import current, tap
+from sharding.region import current, tap, wide
 from sharding.relayout import vary, varying
 
 
 def rope(x: Array, names: str, theta: float = 10000.0) -> Array:
     """Rotary position embedding (Su et al. 2021, eq. 34) over the last of `names`; positions along `length`.
 
-    The first half of the last dim is rotated against its second half, in float32.
+    The first half of the last dim is rotated against its second half, in float32 (float64 stays).
     """
     words = tuple(names.split())
     x, lies = whole(x, names, words[-1])  # a rotation pairs the two halves of the last dim
     half = x.shape[-1] // 2
-    frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angle = positions(x, names).astype(jnp.float32)[:, None] * frequency[None, :]
+    x32 = wide(x)
+    frequency = theta ** (-jnp.arange(half, dtype=x32.dtype) / half)
+    angle = positions(x, names).astype(x32.dtype)[:, None] * frequency[None, :]
     shape = [1] * x.ndim
     shape[words.index("length")], shape[-1] = x.shape[words.index("length")], half
     cos, sin = jnp.cos(angle).reshape(shape), jnp.sin(angle).reshape(shape)
-    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    a, b = jnp.split(x32, 2, axis=-1)
     return back(jnp.concatenate([a * cos - b * sin, a * sin + b * cos], axis=-1).astype(x.dtype), names, lies)
 
 

@@ -32,6 +32,10 @@ NAMES = {
 """Logical names and the capital letter each has in array suffixes (`x_BLD`). Suffixes speak of names, never of layout."""
 
 
+PLACES = tuple(f"dim{i}" for i in range(16))
+"""What the dims of an array that carries no names are called, by their place. Rules that go by place split them too."""
+
+
 def nearest(word: str, known: list[str] | tuple[str, ...]) -> str:
     """`" (nearest: ...)"` when some known word is close to `word`, else an empty string."""
     close = get_close_matches(word, list(known), n=1)
@@ -75,6 +79,11 @@ class MeshShape:
     def sizes(self) -> dict[str, int]:
         """Axis -> size in devices, outermost first; -1 where the size is still to be filled."""
         return {axis: getattr(self, axis) for axis in AXES}
+
+    @property
+    def devices(self) -> int:
+        """Devices of the whole mesh, an axis that is still to be filled counting as one."""
+        return math.prod(max(n, 1) for n in self.sizes().values())
 
     def resolve(self, devices: int) -> MeshShape:
         """The shape with -1 filled so that the product of all axes is `devices`; `InputError` when it cannot be."""

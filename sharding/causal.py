@@ -7,12 +7,13 @@ XLA:CPU pays for: the mask is an added bias, and dk and dv are taken head_dim-ma
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array
+
+from sharding.region import wide
 
 BLOCKS = 4
 """Blocks of query positions. More blocks skip more of the square's upper half; each is smaller."""
@@ -28,7 +29,11 @@ def causal_attention(q: Array, k: Array, v: Array) -> Array:
     return _forward(q, k, v)[0]
 
 
-_products = partial(jnp.einsum, preferred_element_type=jnp.float32)
+def _products(formula: str, a: Array, b: Array) -> Array:
+    """A product that is accumulated and kept in float32, or in float64 where the operands are."""
+    return jnp.einsum(
+        formula, a, b, preferred_element_type=a.dtype if a.dtype == jnp.float64 else jnp.float32
+    )
 
 
 def _forward(q: Array, k: Array, v: Array) -> tuple[Array, tuple[Any, ...]]:
@@ -38,7 +43,7 @@ def _forward(q: Array, k: Array, v: Array) -> tuple[Array, tuple[Any, ...]]:
     out, powers, totals = [], [], []
     for start, stop in _query_blocks(k.shape[2]):
         scores = _products("bjnk,bjmk->bjnm", q[:, :, start * groups : stop * groups], k[:, :, :stop])
-        scores = scores + _mask(start, stop, groups)
+        scores = scores + _mask(start, stop, groups).astype(scores.dtype)
         e = jnp.exp(scores - scores.max(axis=-1, keepdims=True))
         total = e.sum(axis=-1, keepdims=True)
         e = e.astype(v.dtype)
@@ -54,14 +59,14 @@ def _backward(kept: tuple[Any, ...], do_BLHK: Array) -> tuple[Array, ...]:
     q, k, v, o, total, powers = kept
     length, heads, dtype = k.shape[2], do_BLHK.shape[2], do_BLHK.dtype
     groups, scale = heads // k.shape[1], q.shape[3] ** -0.5
-    do = _by_kv_head(do_BLHK.astype(jnp.float32), k.shape[1]) / total
+    do = _by_kv_head(wide(do_BLHK), k.shape[1]) / total
     mean = (do * o).sum(axis=-1, keepdims=True)
     do = do.astype(dtype)
-    dq, dk, dv = [], jnp.zeros((), jnp.float32), jnp.zeros((), jnp.float32)
+    dq, dk, dv = [], jnp.zeros((), total.dtype), jnp.zeros((), total.dtype)
     for (start, stop), e in zip(_query_blocks(length), powers, strict=True):
         rows = slice(start * groups, stop * groups)
         ds = _products("bjnk,bjmk->bjnm", do[:, :, rows], v[:, :, :stop]) - mean[:, :, rows]
-        ds = (e.astype(jnp.float32) * ds).astype(dtype)
+        ds = (wide(e) * ds).astype(dtype)
         dq.append(_products("bjnm,bjmk->bjnk", ds, k[:, :, :stop]))
         later = ((0, 0), (0, 0), (0, 0), (0, length - stop))
         dk = _add(dk, jnp.pad(_products("bjnk,bjnm->bjkm", q[:, :, rows], ds), later))

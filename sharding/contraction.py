@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 from sharding.errors import InputError
 from sharding.layout import Dims
-from sharding.moves import finish_bytes, relayout_bytes
+from sharding.moves import finish_bytes, relayout_bytes, scatter_axes
 
 Names = tuple[str, ...]
 
@@ -36,6 +36,16 @@ class Plan:
     """Bytes that each device sends in the forward pass."""
     products: int
     """Scalar multiplications on each device."""
+
+    def only_reduces(self, layouts: tuple[Dims, ...], wanted: Dims) -> bool:
+        """Whether operands that lie by `layouts` are multiplied as they are, and one all-reduce of the partial sums, or
+        their reduce-scatter over one axis, brings the product to `wanted`.
+        """
+        if self.operands != layouts or self.produced == wanted:
+            return self.operands == layouts
+        pairs = zip(self.produced, wanted, strict=True)
+        reached = tuple((*have, *scatter_axes(have, want, self.reduce)) for have, want in pairs)
+        return len(self.reduce) == 1 and reached == wanted
 
 
 @functools.lru_cache(maxsize=4096)

@@ -13,7 +13,7 @@ from jax.ad_checkpoint import checkpoint_policies
 from sharding.errors import InputError
 from sharding.params import bind, values
 from sharding.partitioner import Manual
-from sharding.region import current
+from sharding.region import Region, current
 from sharding.relayout import drops_gathered, varying
 
 Remat = Literal["none", "dots", "full"]
@@ -31,9 +31,13 @@ def layers(block: nnx.Module, x: Array, remat: Remat = "none", loop: Loop = "aut
     partitioner says `Manual(gathered="regather")`, except in layers unrolled on CPU, where XLA merges both gathers.
     loop: "scan" compiles one layer, "unroll" all of them, "auto" unrolls few layers on CPU.
     """
+    if remat not in ("none", "dots", "full"):
+        raise InputError(f"The remat policy {remat!r} does not exist. The policies are none, dots and full.")
     stacked = _whole_stack(block, x)
     depth = next(iter(stacked.values())).shape[0]
     region = current()
+    if region is not None and region.listen is not None:
+        return _heard(region, block, x, stacked, depth)
     cpu = region is None or region.platform == "cpu"
     scanned = loop == "scan" or (loop == "auto" and (depth > UNROLL_UP_TO or not cpu))
     # XLA:CPU drops the barriers that keep two gathers of one array apart: unrolled, it merges them whatever we write.
@@ -44,6 +48,16 @@ def layers(block: nnx.Module, x: Array, remat: Remat = "none", loop: Loop = "aut
     parts = {path: lax.split(array, (1,) * depth, 0) for path, array in stacked.items()}
     for at in range(depth):
         x = body(x, {path: lax.squeeze(part[at], (0,)) for path, part in parts.items()})
+    return x
+
+
+def _heard(region: Region, block: nnx.Module, x: Array, stacked: dict[str, Array], depth: int) -> Array:
+    """The layers one by one in the caller's own trace, so that a listener may keep what it hears."""
+    outer = region.scope
+    for at in range(depth):
+        region.scope = f"{outer} layer {at}".strip()
+        x = bind(block, {path: array[at] for path, array in stacked.items()})(x)
+    region.scope = outer
     return x
 
 
@@ -72,8 +86,6 @@ def _remat(
         return jax.checkpoint(body)
     if remat == "dots":
         return jax.checkpoint(body, policy=checkpoint_policies.dots_with_no_batch_dims_saveable)
-    if remat != "none":
-        raise InputError(f"The remat policy {remat!r} does not exist. The policies are none, dots and full.")
     if not (regather and _regathers(block)):
         return body
     return jax.checkpoint(body, policy=drops_gathered)

@@ -11,8 +11,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from sharding.axes import NAMES, nearest
+from sharding.axes import NAMES, PLACES, nearest
 from sharding.errors import InputError
+from sharding.paths import ByPath, check_spoken
 from sharding.rule import PARAM_ROLES, Ask, Rule, Rules, Split
 
 if TYPE_CHECKING:
@@ -125,7 +126,7 @@ class Layouts:
 
     def _known(self, names: Iterable[str], where: str) -> None:
         for name in names:
-            if name not in NAMES and name not in self._named:
+            if name not in NAMES and name not in self._named and name not in PLACES:
                 raise InputError(
                     f"{where} has a dim named {name!r}, a logical name that no rule knows"
                     f"{nearest(name, [*NAMES, *self._named])}. The vocabulary is {', '.join(NAMES)}; a model's own "
@@ -208,6 +209,14 @@ class Layouts:
 
     def check_used(self) -> None:
         """After every array has been asked for: each rule must have placed something, each axis must be used."""
+        for rule in self.rules.chain:
+            for placing in (getattr(rule, role) for role in PARAM_ROLES):
+                if isinstance(placing, ByPath):
+                    check_spoken(
+                        f"Rule {rule.call.partition('(')[0]} ({rule.source}): the pattern",
+                        placing.table,
+                        self.params,
+                    )
         idle = [r for r in self.rules.chain if r not in self._placed]
         if idle:
             raise InputError(

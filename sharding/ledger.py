@@ -48,6 +48,8 @@ class Collective:
     bytes: int
     source: str
     """file:line of the code that asked for it, where jax knows."""
+    op: str = ""
+    """The named op called there, or the step's function that moves it."""
 
 
 def collectives(jaxpr: ClosedJaxpr, sizes: Mapping[str, int]) -> list[Collective]:
@@ -67,9 +69,9 @@ def collectives(jaxpr: ClosedJaxpr, sizes: Mapping[str, int]) -> list[Collective
         for var in eqn.invars:
             aval: Any = var.aval
             size = math.prod(aval.shape) * aval.dtype.itemsize
-            sent = _sent(kind, size, n) * times
+            sent = sent_bytes(kind, size, n) * times
             found.append(
-                Collective(kind, axes, n, str(aval.dtype), tuple(aval.shape), times, sent, _source(eqn))
+                Collective(kind, axes, n, str(aval.dtype), tuple(aval.shape), times, sent, *asked_by(eqn))
             )
     return found
 
@@ -88,16 +90,21 @@ def flops(jaxpr: ClosedJaxpr) -> int:
     total = 0
     for eqn, times in equations(jaxpr.jaxpr, 1):
         if eqn.primitive.name == "dot_general":
-            (contract, _), _ = eqn.params["dimension_numbers"]
-            deep = math.prod(eqn.invars[0].aval.shape[d] for d in contract)
-            total += 2 * math.prod(eqn.outvars[0].aval.shape) * deep * times
+            total += product_flops(eqn) * times
     return total
+
+
+def product_flops(eqn: Any) -> int:
+    """FLOPs of one `dot_general`, 2 per multiply-add."""
+    (contract, _), _ = eqn.params["dimension_numbers"]
+    deep = math.prod(eqn.invars[0].aval.shape[d] for d in contract)
+    return 2 * math.prod(eqn.outvars[0].aval.shape) * deep
 
 
 def equations(jaxpr: Jaxpr, times: int) -> Iterator[tuple[Any, int]]:
     """Every equation with how often it runs; bodies of `while` count once, of `cond` every branch."""
     for eqn in jaxpr.eqns:
-        inner = list(_inner(eqn.params))
+        inner = list(subjaxprs(eqn.params))
         if not inner:
             yield eqn, times
         again = times * eqn.params["length"] if eqn.primitive.name == "scan" else times
@@ -105,7 +112,8 @@ def equations(jaxpr: Jaxpr, times: int) -> Iterator[tuple[Any, int]]:
             yield from equations(body, again)
 
 
-def _inner(params: Mapping[str, Any]) -> Iterator[Jaxpr]:
+def subjaxprs(params: Mapping[str, Any]) -> Iterator[Jaxpr]:
+    """The bodies that an equation calls."""
     for value in params.values():
         for item in value if isinstance(value, (tuple, list)) else (value,):
             if isinstance(item, ClosedJaxpr):
@@ -114,7 +122,8 @@ def _inner(params: Mapping[str, Any]) -> Iterator[Jaxpr]:
                 yield item
 
 
-def _sent(kind: str, size: int, n: int) -> int:
+def sent_bytes(kind: str, size: int, n: int) -> int:
+    """Bytes that each of `n` devices sends for one collective whose operand has `size` bytes on a device, on a ring."""
     if kind == "all-reduce":
         return 2 * size * (n - 1) // n
     if kind == "all-gather":
@@ -124,24 +133,46 @@ def _sent(kind: str, size: int, n: int) -> int:
     return size * (n - 1) // n
 
 
-def _source(eqn: Any) -> str:
-    """file:line of the innermost frame outside jax, flax and this package; "" where jax kept none."""
-    frames = user_frames(eqn)
-    return next((where for where, ours in frames if not ours), "")
+def asked_by(eqn: Any) -> tuple[str, str]:
+    """(file:line, op) of the code that asked for an equation: a model's line and the named op that it calls there.
+
+    What the step adds itself, such as the reduction of gradients, and a backward pass written by hand have this
+    package's line and function instead. ("", primitive) where jax kept no line.
+    """
+    traceback = eqn.source_info.traceback
+    frames = (
+        [] if traceback is None else [f for f in traceback.frames if frame_kind(f.file_name) != "library"]
+    )
+    op, own = eqn.primitive.name, None
+    for f in frames:
+        name = f.function_name.rpartition(".")[2]
+        if frame_kind(f.file_name) == "model":
+            return f"{f.file_name}:{f.line_num}", op
+        if f.file_name not in _MOVERS:
+            own = own or (f"{f.file_name}:{f.line_num}", name)
+            own = (own[0], name) if own[1].startswith("<") else own  # a comprehension's function is around it
+        if f.file_name == _STEP:  # whoever stands further out called the step, and asked for nothing in it
+            break
+        op = name
+    return own or ("", op)
 
 
 def user_frames(eqn: Any) -> list[tuple[str, bool]]:
     """(file:line, whether it is of this package) of the frames outside jax and flax, innermost first."""
     traceback = eqn.source_info.traceback
     frames = [] if traceback is None else traceback.frames
-    outside = [f for f in frames if not f.file_name.startswith(_LIBRARIES)]
-    return [(f"{f.file_name}:{f.line_num}", f.file_name.startswith(_HERE)) for f in outside]
+    kinds = [(f, frame_kind(f.file_name)) for f in frames]
+    return [(f"{f.file_name}:{f.line_num}", kind == "ours") for f, kind in kinds if kind != "library"]
+
+
+def frame_kind(file: str) -> str:
+    """Whose code a file is: "library" (jax and flax), "ours" (this package), or "model"."""
+    if file.startswith(_LIBRARIES):
+        return "library"
+    return "ours" if file.startswith(_HERE) else "model"
 
 
 _HERE = __file__.rpartition("/")[0] + "/"
+_STEP = _HERE + "step.py"
+_MOVERS = (_HERE + "relayout.py", _HERE + "region.py")
 _LIBRARIES = tuple(str(m.__file__).rpartition("/")[0] + "/" for m in (jax, flax))
-
-
-def trace(function: Any, *arguments: Any) -> ClosedJaxpr:
-    """The jaxpr of a function for abstract arguments (`jax.ShapeDtypeStruct` leaves)."""
-    return jax.make_jaxpr(function)(*arguments)

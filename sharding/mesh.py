@@ -51,8 +51,14 @@ def device_mesh(shape: MeshShape, devices: Sequence[Any] | None = None) -> Mesh:
 
 
 def abstract_mesh(shape: MeshShape, devices: int) -> AbstractMesh:
-    """A mesh of the same shape without devices, for tracing what would run on `devices` of them."""
-    return AbstractMesh(tuple(shape.resolve(devices).sizes().values()), AXES, axis_types=_AUTO)
+    """A mesh of the same shape without devices, for tracing what would run on `devices` of them.
+
+    Raises InputError as `device_mesh` does, but for what only the devices can tell: how many islands they lie in.
+    """
+    full = shape.resolve(devices)
+    if full.slices > 1:
+        _across(full, devices)
+    return AbstractMesh(tuple(full.sizes().values()), AXES, axis_types=_AUTO)
 
 
 def _across(shape: MeshShape, devices: int) -> tuple[int, ...]:

@@ -7,22 +7,18 @@ region (local shards, explicit collectives) and XLA's partitioner (global arrays
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
-from dataclasses import dataclass
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array, lax
 
-from sharding.contraction import Contraction, Plan, parse, plan
+from sharding.contraction import parse
 from sharding.errors import InputError
 from sharding.layout import Dims
+from sharding.operands import Operand, operand_lies, operands_of, split_axes
+from sharding.product import product
 from sharding.region import Region, current, names_of, tap, value, wide
 from sharding.relayout import finish, vary, varying
-
-Operand = Array | nnx.Param
 
 
 def einsum(spec: str, *operands: Operand) -> Array:
@@ -50,57 +46,15 @@ def einsum(spec: str, *operands: Operand) -> Array:
     dtype = arrays[0].dtype if arrays else value(operands[0]).dtype
     formula = _letters(terms, result)
     region = current()
-    if region is None or not region.manual:
-        taken = [_global(region, x, dtype) for x in operands]
-        return tap("einsum", result, _settle(region, jnp.einsum(formula, *taken), result))
+    if region is None or region.mesh is None:
+        made = jnp.einsum(formula, *(_global(region, x, dtype) for x in operands))
+        return tap("einsum", result, _settle(region, made, result))
     ready = operands_of(region, spec, operands, dtype)
-    product = jnp.einsum(formula, *ready.moved(region))
-    return tap("einsum", result, finish(product, ready.plan.reduce, ready.plan.produced, ready.wanted))
-
-
-@dataclass(frozen=True)
-class Operands:
-    """Operands of an einsum in the manual region, with its plan: ready to be moved and multiplied."""
-
-    arrays: tuple[Array, ...]
-    rest: tuple[Dims, ...]
-    use: tuple[Dims, ...]
-    wanted: Dims
-    plan: Plan
-    union: frozenset[str]
-    """Axes over which the product varies."""
-
-    def moved(self, region: Region) -> list[Array]:
-        """The operands as the plan wants them: parameters gathered for use, then everything gathered or sliced."""
-        gathered = [
-            region.move(x, src, dst, self.union & _axes(src)) if src != dst else x
-            for x, src, dst in zip(self.arrays, self.rest, self.use, strict=True)
-        ]
-        moves = zip(gathered, self.use, self.plan.operands, strict=True)
-        return [region.move(x, src, dst, self.union) for x, src, dst in moves]
-
-
-def operands_of(region: Region, spec: str, operands: tuple[Operand, ...], dtype: jnp.dtype) -> Operands:
-    """Plan an einsum in the manual region; nothing moves yet."""
-    terms, result = parse(spec)
-    wanted, sizes = region.dims(result), region.layouts.sizes
-    fixed = tuple(isinstance(x, nnx.Variable) for x in operands)
-    arrays = tuple(value(x, dtype) for x in operands)
-    rest, use, shapes = [], [], []
-    for x, array, names in zip(operands, arrays, terms, strict=True):
-        at_rest, in_use = _lies(region, x, names)
-        rest.append(at_rest)
-        use.append(in_use)
-        counts = zip(array.shape, _counts(at_rest, sizes), _counts(in_use, sizes), strict=True)
-        shapes.append(tuple(n * held // used for n, held, used in counts))
-    items, held = tuple(x.dtype.itemsize for x in arrays), tuple(region.held(x) for x in arrays)
-    asked = Contraction(spec, tuple(use), tuple(shapes), items, wanted, tuple(sizes.items()), held, fixed)
-    best = plan(asked)
-    # Over these the product varies: what splits it, and what operands vary over for other reasons than their layout.
-    # An axis that was gathered from every operand is not among them: the result is equal over it, and typed so.
-    other = (varying(x).difference(*lies) for x, lies in zip(arrays, rest, strict=True))
-    union = frozenset().union(*other, *(a for dims in best.operands for a in dims))
-    return Operands(arrays, tuple(rest), tuple(use), wanted, best, union)
+    if not region.manual:
+        return tap("einsum", result, _settle(region, ready.stated(region, formula), result))
+    moved = ready.moved(region)
+    made = product(formula, *moved) if len(moved) == 2 else jnp.einsum(formula, *moved)
+    return tap("einsum", result, finish(made, ready.plan.reduce, ready.plan.produced, ready.wanted))
 
 
 def embed(table: Operand, ids: Array, names: str) -> Array:
@@ -239,27 +193,10 @@ def _settle(region: Region | None, x: Array, names: tuple[str, ...]) -> Array:
     return x if region is None or region.manual else region.constrain(x, region.dims(names))
 
 
-def _lies(region: Region, x: Operand, names: tuple[str, ...]) -> tuple[Dims, Dims]:
-    """How an operand lies here, and how it is used: a parameter at rest and in its `compute` role."""
-    if isinstance(x, nnx.Variable):
-        layouts = region.param(x)
-        return layouts.param.dims, layouts.compute.dims
-    return region.dims(names), region.dims(names)
-
-
 def _in_use(region: Region, x: Operand, names: tuple[str, ...], beside: frozenset[str]) -> tuple[Array, Dims]:
     """An operand gathered from rest to its use, and that layout; `beside`: axes over which its neighbour varies."""
-    rest, use = _lies(region, x, names)
-    return region.move(value(x), rest, use, beside & _axes(rest)) if rest != use else value(x), use
-
-
-def _axes(dims: Dims) -> frozenset[str]:
-    return frozenset(a for dim in dims for a in dim)
-
-
-def _counts(dims: Dims, sizes: Mapping[str, int]) -> list[int]:
-    """Devices that split each dim."""
-    return [math.prod(sizes[a] for a in dim) for dim in dims]
+    rest, use = operand_lies(region, x, names)
+    return region.move(value(x), rest, use, beside & split_axes(rest)) if rest != use else value(x), use
 
 
 def _own_rows(ids: Array, axes: tuple[str, ...], rows: int) -> tuple[Array, Array]:

@@ -101,6 +101,8 @@ class ParamSpec:
     dtype: jnp.dtype
     names: tuple[str, ...]
     init: Init
+    vector: bool = False
+    """Whether it is a vector by kind, though it may have two dims (a bias of heads and head_dim)."""
 
     @property
     def size(self) -> int:
@@ -146,14 +148,22 @@ def declare(model: Any) -> dict[str, ParamSpec]:
         variable.set_metadata(path=path)
         value = variable.get_value()
         tree[path] = ParamSpec(
-            path, tuple(meta["global_shape"]), value.dtype, tuple(meta["names"]), meta["init"]
+            path,
+            tuple(meta["global_shape"]),
+            value.dtype,
+            tuple(meta["names"]),
+            meta["init"],
+            meta.get("vector", False),
         )
     return tree
 
 
 def matrices(tree: Mapping[str, ParamSpec]) -> dict[str, bool]:
-    """path -> whether the parameter is a matrix (two dims or more besides `layers`): what weight decay applies to."""
-    return {path: len([n for n in spec.names if n != "layers"]) >= 2 for path, spec in tree.items()}
+    """path -> whether the parameter is a matrix (two dims or more besides `layers`, and no vector by kind): what weight
+    decay applies to.
+    """
+    own = {path: [n for n in spec.names if n != "layers"] for path, spec in tree.items()}
+    return {path: len(own[path]) >= 2 and not spec.vector for path, spec in tree.items()}
 
 
 def bind(model: M, arrays: Mapping[str, jax.Array]) -> M:
@@ -176,4 +186,14 @@ def initial(tree: Mapping[str, ParamSpec], seed: int) -> dict[str, jax.Array]:
     key = jax.random.key(seed)
     return {
         p: s.init(jax.random.fold_in(key, zlib.crc32(p.encode())), s.shape, s.dtype) for p, s in tree.items()
+    }
+
+
+def lay(whole: Mapping[str, np.ndarray], shardings: Mapping[str, Any]) -> dict[str, Any]:
+    """Parameters that every process has whole, each laid out by its sharding; as they are where that is None."""
+    return {
+        p: w
+        if (s := shardings[p]) is None
+        else jax.make_array_from_callback(w.shape, s, lambda at, w=w: w[at])
+        for p, w in whole.items()
     }

@@ -6,10 +6,12 @@ import math
 
 import jax.numpy as jnp
 from flax import nnx
-from jax import Array, lax
+from jax import Array
 
 from sharding.errors import InputError
-from sharding.ops import einsum, operands_of
+from sharding.operands import operands_of
+from sharding.ops import einsum
+from sharding.product import product
 from sharding.region import current, names_of, tap
 
 
@@ -54,7 +56,8 @@ def _joined(
         return None
     moved = [r.moved(region) for r in ready]
     parts = [w.reshape(w.shape[0], -1) for _, w in moved]
-    both = lax.dot_general(moved[0][0], jnp.concatenate(parts, axis=1), (((x.ndim - 1,), (0,)), ((), ())))
+    rows = "abcdefghij"[: x.ndim - 1]
+    both = product(f"{rows}y,yz->{rows}z", moved[0][0], jnp.concatenate(parts, axis=1))
     ends = [sum(p.shape[1] for p in parts[: i + 1]) for i in range(len(parts) - 1)]
     pieces = jnp.split(both, ends, axis=-1)
     shapes = [w.shape[1:] for _, w in moved]

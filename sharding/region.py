@@ -33,8 +33,16 @@ class Tap:
     op: str
     names: tuple[str, ...]
     shape: tuple[int, ...]
+    """As it lies here: a shard in the manual region."""
     dtype: str
     source: str
+    """file:line of the model code that called the op."""
+    scope: str = ""
+    """The layer that it belongs to, "layers 3"; "" outside any, and in a scan, where one trace stands for all."""
+
+
+Listener = Callable[[Tap, Array], Array]
+"""Given every named op's result as it is traced; what it returns takes the result's place."""
 
 
 @dataclass
@@ -48,6 +56,11 @@ class Region:
     """Filled with every named op's result when it is a list."""
     platform: str = "cpu"
     """What the trace is for: some ops have a better form on one platform."""
+    listen: Listener | None = None
+    """Called with every named op's result. Layers are unrolled and nothing is rematerialized then, so that each result
+    is one value of the trace that was entered."""
+    scope: str = ""
+    """Where in the model the trace is, for taps."""
     _memo: dict[tuple, tuple[Any, Array, Array]] = field(default_factory=dict)
 
     @property
@@ -147,15 +160,28 @@ def wide(x: Array) -> Array:
 def tap(op: str, names: tuple[str, ...], x: Array) -> Array:
     """Note the result of a named op where a region listens; returns it."""
     region = current()
-    if region is not None and region.taps is not None:
-        frame = sys._getframe(2)
-        while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("sharding."):
-            frame = frame.f_back
-        shape = tuple(x.shape)
-        region.taps.append(
-            Tap(op, names, shape, str(x.dtype), f"{frame.f_code.co_filename}:{frame.f_lineno}")
-        )
-    return x
+    if region is None or (region.taps is None and region.listen is None):
+        return x
+    frame = sys._getframe(2)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("sharding."):
+        frame = frame.f_back
+    source = f"{frame.f_code.co_filename}:{frame.f_lineno}"
+    seen = Tap(op, names, tuple(x.shape), str(x.dtype), source, region.scope)
+    if region.taps is not None:
+        region.taps.append(seen)
+    return x if region.listen is None else region.listen(seen, x)
 
 
-__all__ = ["Auto", "Manual", "Region", "Tap", "current", "enter", "names_of", "tap", "value", "wide"]
+__all__ = [
+    "Auto",
+    "Listener",
+    "Manual",
+    "Region",
+    "Tap",
+    "current",
+    "enter",
+    "names_of",
+    "tap",
+    "value",
+    "wide",
+]

@@ -21,9 +21,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from sharding.accumulate import accumulated
 from sharding.layout import Layout, Layouts, ParamLayouts
-from sharding.params import Model, ParamSpec, bind, declare, initial
+from sharding.params import Model, ParamSpec, bind, declare, initial, lay
 from sharding.partitioner import Manual, Partitioner
-from sharding.region import Region, enter, wide
+from sharding.region import Listener, Region, enter, wide
 from sharding.relayout import finish, relayout, vary, varying
 
 State = dict[str, Any]
@@ -117,28 +117,37 @@ class TrainStep:
 
     def init(self, seed: int) -> State:
         """The state before the first step; parameters are bitwise equal on every mesh."""
+        drawn = getattr(self.model, "initial", None)  # a foreign model draws its parameters itself, whole
+        if drawn is not None:
+            return self.begin(drawn(seed))
+        return jax.jit(lambda: self._state(initial(self.tree, seed)), out_shardings=self.state_shardings())()
 
-        def make() -> State:
-            params = initial(self.tree, seed)
-            return {
-                "params": params,
-                "optimizer": self.optimizer.init(params),
-                "step": jnp.zeros((), jnp.int32),
-            }
+    def begin(self, params: Mapping[str, Any]) -> State:
+        """The state before the first step from parameters that this process has whole, path -> array."""
+        held = lay(params, {p: self.sharding(x.param) for p, x in self.layouts.items()})
+        return jax.jit(self._state, out_shardings=self.state_shardings())(held)
 
-        return jax.jit(make, out_shardings=self.state_shardings())()
+    def _state(self, params: dict[str, Array]) -> State:
+        start = jnp.zeros((), jnp.int32)
+        return {"params": params, "optimizer": self.optimizer.init(params), "step": start}
 
     # the computation
 
     def update(self, state: State, batch: Mapping[str, Array]) -> tuple[State, dict[str, Array]]:
         """What `step` compiles: one update of the state and its metrics."""
+        return self.updated(state, batch)[:2]
+
+    def updated(
+        self, state: State, batch: Mapping[str, Array]
+    ) -> tuple[State, dict[str, Array], dict[str, Array]]:
+        """One update of the state, its metrics, and the gradients that it used: clipped means in the optimizer's layout."""
         grads, metrics = self._gradients(state["params"], batch)
         held = {p: self._lies(w, self.layouts[p].optimizer) for p, w in state["params"].items()}
         with jax.numpy_dtype_promotion("standard"):  # optax raises floats to its integer count
             updates, moments = self.optimizer.update(grads, state["optimizer"], held)
         updated: Any = optax.apply_updates(held, updates)
         params = self._at_rest(updated)
-        return {"params": params, "optimizer": moments, "step": state["step"] + 1}, metrics
+        return {"params": params, "optimizer": moments, "step": state["step"] + 1}, metrics, grads
 
     def _gradients(
         self, params: dict[str, Array], batch: Mapping[str, Array]
@@ -162,9 +171,10 @@ class TrainStep:
     def _batch_specs(self, batch: Mapping[str, Any]) -> dict[str, PartitionSpec]:
         return {k: self.inputs[k].spec() for k in batch}
 
-    def region(self, taps: list | None = None) -> Region:
+    def region(self, taps: list | None = None, listen: Listener | None = None) -> Region:
         """A region for one trace."""
-        return Region(self.split.layouts, self.split.mesh, self.split.partitioner, taps, self.split.target())
+        split = self.split
+        return Region(split.layouts, split.mesh, split.partitioner, taps, split.target(), listen)
 
     def evaluate_sums(self, params: dict[str, Array], batch: Mapping[str, Array]) -> dict[str, Array]:
         """The model's global sums in whatever region is entered."""

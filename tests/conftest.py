@@ -66,3 +66,17 @@ hypothesis.settings.register_profile(
     "shardlab", deadline=None, print_blob=True, derandomize="CI" in os.environ
 )
 hypothesis.settings.load_profile("shardlab")
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A working directory with small.py and its corpus, one for the tests of a file."""
+    from tests.small import place
+
+    return place(tmp_path_factory.mktemp("home")).parent
+
+
+@pytest.fixture
+def at_home(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Works in `home`."""
+    monkeypatch.chdir(home)

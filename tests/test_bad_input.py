@@ -13,7 +13,9 @@ from experiments.data.text import Text
 from models.mlp_config import MLPConfig
 from models.transformer_config import TransformerConfig
 from sharding.errors import InputError
-from tests.small import place, shardlab, start
+from tests.small import shardlab, start
+
+pytestmark = pytest.mark.usefixtures("at_home")
 
 RULES = """
 from sharding.rule import Rule, Rules, rule
@@ -30,19 +32,6 @@ def extra() -> Rule:
 def rules() -> Rules:
     return data() | fsdp() | tensor() | extra()
 """
-
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A working directory with the small config."""
-    folder = tmp_path_factory.mktemp("home")
-    place(folder)
-    return folder
-
-
-@pytest.fixture(autouse=True)
-def _at_home(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(home)
 
 
 def refused(
@@ -246,8 +235,8 @@ def test_transformer_sizes_below_one(name: str, size: int):
         replace(TransformerConfig(), **{name: size})
 
 
-@pytest.mark.parametrize("theta", [0.0, -1.0, float("nan")])
-def test_a_base_of_rotary_frequencies_that_is_not_positive(theta: float):
+@pytest.mark.parametrize("theta", [0.0, -1.0, float("nan"), float("inf")])
+def test_a_base_of_rotary_frequencies_that_is_not_positive_and_finite(theta: float):
     with pytest.raises(InputError, match="theta="):
         TransformerConfig(theta=theta)
 

@@ -354,7 +354,6 @@ def test_a_disk_without_room_is_refused_before_anything_is_written(
     [
         ({"x": np.zeros(2)}, {}, r"x \(ndarray\)"),
         ({"x": jnp.zeros(2), "lr": 0.1}, {}, r"lr \(float\)"),
-        ({"x": jax.random.key(0)}, {}, "typed PRNG keys.*: x"),
         ({}, {}, "at least one array"),
         ({"a/b": jnp.zeros(2)}, {}, "'a/b' cannot be a key"),
         ({1: jnp.zeros(2), "1": jnp.ones(2)}, {}, "distinct paths|keys"),

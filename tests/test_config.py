@@ -17,7 +17,7 @@ import pytest
 
 from experiments.config import Experiment, config_hash, load, to_json
 from experiments.optimizers import AdamW
-from experiments.overrides import apply
+from experiments.overrides import _leaves, apply
 from experiments.run_config import Origin, write_run_config
 from models.transformer_config import TransformerConfig
 from sharding.errors import InputError
@@ -27,6 +27,7 @@ from sharding.rules.fsdp import fsdp
 
 ROOT = Path(__file__).resolve().parent.parent
 QUICKSTART = ROOT / "configs" / "quickstart.py"
+RULES = ", ".join(sorted(p.stem for p in (ROOT / "sharding" / "rules").glob("[!_]*.py")))
 CONFIGS = sorted(p for p in (ROOT / "configs").glob("*.py") if p.name != "__init__.py")
 
 BASE = "from dataclasses import replace\nfrom configs.quickstart import config as quickstart\n"
@@ -224,7 +225,41 @@ def test_the_schedule_is_linear_then_cosine_and_the_clip_is_of_the_global_norm()
     np.testing.assert_array_equal(updates["scale"], 0.0)
 
 
+def test_an_optimizer_says_where_it_clips(quickstart: Experiment) -> None:
+    @dataclasses.dataclass(frozen=True)
+    class Plain:
+        def schedule(self, steps: int) -> Any: ...
+
+        def build(self, steps: int, matrices: Any = None) -> Any: ...
+
+    with refused("optimizer is a value of type Plain", "it lacks largest_norm"):
+        dataclasses.replace(quickstart, optimizer=Plain())  # pyright: ignore[reportArgumentType]
+    with refused("optimizer is a value of type int, but an experiment has a Optimizer there. Change"):
+        dataclasses.replace(quickstart, optimizer=3)  # pyright: ignore[reportArgumentType]
+
+
 # Overrides.
+
+
+NUMBERS = [flag for flag, leaf in _leaves(load(QUICKSTART)) if leaf.type is float]
+
+
+@pytest.mark.parametrize("flag", NUMBERS)
+@pytest.mark.parametrize("written", ["--{} nan", "--{}=NaN", "--{} inf", "--{} 1e999"])
+def test_a_number_that_is_not_finite_is_refused_by_its_flag(
+    quickstart: Experiment, flag: str, written: str
+) -> None:
+    words = written.format(flag).split()
+    clips = flag == "optimizer.clip"
+    if clips and written in ("--{} inf", "--{} 1e999"):
+        assert apply(quickstart, words).optimizer.largest_norm() == math.inf
+        return
+    with refused(f"--{flag} ", f"give a finite number{', or inf (no clipping)' if clips else ''}."):
+        apply(quickstart, words)
+
+
+def test_the_numbers_that_must_be_finite_are_there() -> None:
+    assert {"optimizer.peak", "optimizer.clip", "model.theta", "sample.temperature"} <= set(NUMBERS)
 
 
 def test_overrides_are_typed_from_the_value(quickstart: Experiment) -> None:
@@ -279,7 +314,7 @@ def test_rules_and_partitioner_are_expressions(quickstart: Experiment, tmp_path:
         (["--devices.count", "-1"], ("devices.count is -1", '"present"')),
         (["--partitioner", "manul"], ("'manul'", "nearest: 'manual'")),
         (["--partitioner", "manual(keep=1)"], ("manual takes", "'keep'")),
-        (["--rules", "data | fsd"], ("'fsd'", "nearest: 'fsdp'", "The rules are data, fsdp")),
+        (["--rules", "data | fsd"], ("'fsd'", "nearest: 'fsdp'", f"The rules are {RULES}")),
         (["--rules", "data | fsdp(axes='data')"], ("fsdp takes", "'axes'")),
         (["--rules", "data & fsdp"], ("`data & fsdp`", "joined by |")),
         (["--rules", "data | fsdp(axis=open('x'))"], ("`open('x')`", "literal arguments")),

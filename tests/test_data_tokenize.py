@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -32,6 +34,30 @@ def test_bytes(notes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     shown = capsys.readouterr()
     assert f"{dataset.facts['train_tokens']:,} tokens" in shown.out
     assert "\x1b" not in shown.out + shown.err  # plain when piped
+
+
+def test_the_folders_of_the_result_are_made(notes: Path, tmp_path: Path) -> None:
+    result = tmp_path / "a" / "b" / "result.json"
+    assert main([str(notes), "--out", str(tmp_path / "out"), "--json", str(result)]) == 0
+    assert json.loads(result.read_text(encoding="utf-8"))["folder"] == str(tmp_path / "out")
+
+
+def test_in_a_terminal_its_bar_ends_with_the_reader_as_everything_else_does(
+    notes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """rich alone would leave with code 1 where the other end of the terminal is gone."""
+
+    class Gone(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+        def write(self, text: str) -> int:
+            raise BrokenPipeError
+
+    monkeypatch.setattr(sys, "stderr", Gone())
+    monkeypatch.setenv("TERM", "xterm")
+    with pytest.raises(BrokenPipeError):
+        main([str(notes), "--out", str(tmp_path / "out")])
 
 
 def test_a_trained_bpe_and_its_reuse(notes: Path, tmp_path: Path) -> None:
@@ -85,7 +111,8 @@ def test_verify(notes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str])
         (["{notes}", "--out", "{out}", "--tokenizer", "{notes}/1.txt"], "is not a tokenizer file"),
         (["{notes}", "--out", "{out}", "--tokenizer", "{bare}"], "no end-of-text token"),
         (["{notes}", "--out", "{notes}/1.txt/out"], "Cannot write the token files"),
-        (["{notes}", "--out", "{out}", "--json", "{notes}/no/x.json"], "Cannot write --json"),
+        (["{notes}", "--out", "{out}", "--json", "{notes}/1.txt/x.json"], "--json .* cannot be written"),
+        (["{notes}", "--out", "{out}", "--json", "{notes}"], "--json .* cannot be written"),
     ],
 )
 def test_bad_arguments(arguments: list[str], message: str, notes: Path, tmp_path: Path) -> None:
@@ -96,6 +123,7 @@ def test_bad_arguments(arguments: list[str], message: str, notes: Path, tmp_path
     places = {"notes": notes, "out": tmp_path / "out", "bare": bare}
     with pytest.raises(InputError, match=message):
         main([argument.format(**places) for argument in arguments])
+    assert not (tmp_path / "out").exists(), "it is found before the work, not after it"
 
 
 def test_out_is_needed(capsys: pytest.CaptureFixture[str]) -> None:

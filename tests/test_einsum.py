@@ -14,7 +14,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sharding import contraction
-from sharding.axes import MeshShape
 from sharding.contraction import Contraction, Plan, parse
 from sharding.errors import InputError
 from sharding.layout import local_shape
@@ -26,72 +25,10 @@ from sharding.rules.data import data
 from sharding.rules.fsdp import fsdp
 from sharding.rules.sequence import sequence
 from sharding.rules.tensor import tensor
-from tests.support import Through, custom, departure, placements
+from tests.products import AXES, CASE, MESH, cases, check, through
+from tests.support import Through, custom
 
-MESH = MeshShape(data=2, fsdp=2, tensor=2)
-AXES = ("data", "fsdp", "tensor")
 PAIR = ("data", "tensor")
-NAMES = ("batch", "length", "embed", "mlp")
-CASE = tuple[str, dict[str, Any], Rules]
-
-
-@st.composite
-def cases(draw: Any, axes: tuple[str, ...] = AXES) -> CASE:
-    """A spec of one or two operands, their arrays (the last may be a parameter) and rules that lay all of them out."""
-    terms = draw(
-        st.lists(
-            st.permutations(NAMES).flatmap(lambda p: st.integers(1, 3).map(lambda n: p[:n])),
-            min_size=1,
-            max_size=2,
-        )
-    )
-    every = list(dict.fromkeys(n for t in terms for n in t))
-    result = draw(st.permutations(every))[: draw(st.integers(0, len(every)))]
-    sizes = {n: draw(st.sampled_from([8, 16])) for n in every}
-    words = [" ".join(t) for t in terms]
-    param = words[-1] if len(words) > 1 and draw(st.booleans()) else None
-    random = np.random.default_rng(draw(st.integers(0, 99)))
-    arrays = {f"x{i}": random.normal(size=[sizes[n] for n in t]) for i, t in enumerate(terms)}
-    rules = draw(placements([*words[: 1 if param else 2], " ".join(result)], [param] if param else [], axes))
-    return f"{', '.join(words)} -> {' '.join(result)}", {"arrays": arrays, "param": param is not None}, rules
-
-
-def through(case: CASE, partitioner: Partitioner = Manual()) -> Through:  # noqa: B008
-    spec, drawn, rules = case
-    terms, result = parse(spec)
-    named = {k: (" ".join(t), a) for t, (k, a) in zip(terms, drawn["arrays"].items(), strict=True)}
-    params = {list(named)[-1]: named.pop(list(named)[-1])} if drawn["param"] else {}
-
-    def call(p, x):
-        return einsum(spec, *(p[k] if k in p else x[k] for k in drawn["arrays"]))
-
-    return Through(call, params, named, " ".join(result), rules, MESH, partitioner)
-
-
-def expected(case: CASE) -> dict[str, np.ndarray]:
-    """Value and gradients by numpy alone."""
-    spec, drawn, _ = case
-    terms, result = parse(spec)
-    letter: dict[str, str] = dict(zip(NAMES, "abcd", strict=True))
-    short, out = ["".join(letter[n] for n in t) for t in terms], "".join(letter[n] for n in result)
-    arrays = list(drawn["arrays"].values())
-    value = np.einsum(f"{','.join(short)}->{out}", *arrays)
-    weigh = np.random.default_rng(1).normal(size=value.shape)
-    grads = {}
-    for i, (key, array) in enumerate(drawn["arrays"].items()):
-        others = [(t, a) for j, (t, a) in enumerate(zip(short, arrays, strict=True)) if j != i]
-        missing = [n for n in short[i] if n not in out and not any(n in t for t, _ in others)]
-        ones = [(n, np.ones(array.shape[short[i].index(n)])) for n in missing]
-        terms_in = [(out, weigh), *others, *ones]
-        grads[key] = np.einsum(f"{','.join(t for t, _ in terms_in)}->{short[i]}", *(a for _, a in terms_in))
-    return {"": value, **grads}
-
-
-def check(case: CASE, partitioner: Partitioner) -> None:
-    with jax.enable_x64(True):
-        found = through(case, partitioner).value_and_gradients()
-    for key, want in expected(case).items():
-        assert departure(found[key], want) < 1e-12, (case[0], key or "value")
 
 
 @settings(max_examples=25)
@@ -198,7 +135,7 @@ def test_no_other_plan_with_as_few_products_sends_fewer_bytes(case: CASE) -> Non
             if other.products == plan.products:
                 tried += 1
                 with pytest.MonkeyPatch.context() as patch:
-                    patch.setattr("sharding.ops.plan", lambda *_, other=other: other)
+                    patch.setattr("sharding.operands.plan", lambda *_, other=other: other)
                     sent = sum(c.bytes for c in through(case).traced())
                 assert sent - rest >= plan.bytes, (other, plan)
     assert tried
@@ -222,7 +159,7 @@ ROW = "batch length mlp, mlp embed -> batch length embed"
 TOKENS = 4 * B * L * D // 4  # of one of the 4 devices that share the batch (data x fsdp)
 
 
-def _traced(rules: Rules, spec: str) -> list[tuple[str, tuple[str, ...], int]]:
+def _of_known_sizes(rules: Rules, spec: str, partitioner: Partitioner) -> Through:
     sizes = {"batch": B, "length": L, "embed": D, "mlp": F, "vocab": V}
     terms, result = parse(spec)
     x, w = (np.zeros([sizes[n] for n in t], np.float32) for t in terms)
@@ -230,10 +167,12 @@ def _traced(rules: Rules, spec: str) -> list[tuple[str, tuple[str, ...], int]]:
     def call(p, i):
         return einsum(spec, i["x"], p["w"])
 
-    made = Through(
-        call, {"w": (" ".join(terms[1]), w)}, {"x": (" ".join(terms[0]), x)}, " ".join(result), rules, MESH
-    )
-    return [(c.kind, c.axes, c.bytes) for c in made.traced()]
+    params, inputs = {"w": (" ".join(terms[1]), w)}, {"x": (" ".join(terms[0]), x)}
+    return Through(call, params, inputs, " ".join(result), rules, MESH, partitioner)
+
+
+def _traced(rules: Rules, spec: str) -> list[tuple[str, tuple[str, ...], int]]:
+    return [(c.kind, c.axes, c.bytes) for c in _of_known_sizes(rules, spec, Manual()).traced()]
 
 
 def test_known_layouts_send_what_the_literature_says() -> None:
@@ -263,6 +202,22 @@ def test_known_layouts_send_what_the_literature_says() -> None:
     assert _traced(data() | tensor() | sequence(), vocab) == [
         ("all-gather", ("tensor",), 2 * TOKENS // N * (N - 1))
     ]
+
+
+def _constraints(rules: Rules, spec: str) -> int:
+    made = _of_known_sizes(rules, spec, Auto())
+    steps = jax.make_jaxpr(made.function)(*made.arguments()).eqns
+    return [e.primitive.name for e in steps].count("sharding_constraint")
+
+
+def test_xlas_partitioner_is_told_the_plan_only_where_something_has_to_move() -> None:
+    both = data() | fsdp("fsdp") | tensor()
+    for rules, spec in itertools.product((data(), data() | tensor(), both), (COLUMN, ROW)):
+        assert _constraints(rules, spec) == 2  # the parameter in use, the result
+    assert _constraints(both | sequence(), ROW) == 2  # a reduce-scatter brings it there
+    assert _constraints(both | sequence(), COLUMN) == 3  # the activation has to be gathered
+    away = custom(activation=lambda ask: {"length" if "mlp" in ask.names else "batch": "data"})
+    assert _constraints(away, COLUMN) == 3  # and here to be moved
 
 
 def test_a_global_sum_is_one_all_reduce_of_a_number() -> None:
@@ -318,7 +273,8 @@ def test_operands_that_are_not_what_the_text_says_are_refused() -> None:
         made("batch mlp, embed mlp -> batch embed").traced()
 
 
-def test_a_result_that_does_not_divide_is_refused() -> None:
+@pytest.mark.parametrize("partitioner", [Manual(), Auto()], ids=str)
+def test_a_result_that_does_not_divide_is_refused(partitioner: Partitioner) -> None:
     x = np.zeros((8, 8), np.float32)
 
     def call(p, i):
@@ -326,5 +282,16 @@ def test_a_result_that_does_not_divide_is_refused() -> None:
 
     w = ("embed mlp", np.zeros((8, 7), np.float32))
     rules = data() | custom(activation={"mlp": "tensor"})
+    made = Through(call, {"w": w}, {"x": ("batch embed", x)}, "batch mlp", rules, MESH, partitioner)
     with pytest.raises(InputError, match="does not divide"):
-        Through(call, {"w": w}, {"x": ("batch embed", x)}, "batch mlp", rules, MESH).traced()
+        made.traced()
+
+
+def test_an_operand_that_does_not_divide_is_refused_under_xlas_partitioner() -> None:
+    def call(p, i):
+        return einsum("batch embed -> embed", i["x"][:7])
+
+    inputs = {"x": ("batch embed", np.zeros((8, 8), np.float32))}
+    made = Through(call, {}, inputs, "embed", data(), MESH, Auto())
+    with pytest.raises(InputError, match="dim of 7 is split into 2 parts"):
+        made.traced()

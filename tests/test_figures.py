@@ -18,6 +18,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from experiments import cli
 from experiments.commands import figures
 from experiments.records import Header, MissingRecords, RecordError, Records, installed_versions, read
 from paper_figures import build, loss_curves, scaling, style
@@ -313,6 +314,58 @@ def test_a_figure_of_ones_own_is_a_file_anywhere(tmp_path: Path) -> None:
     mine.write_text('"""Claim: none."""\n')
     with pytest.raises(RecordError, match=r"section Records:, .* RECORDS, a tuple of globs, draw\(records\)"):
         build.load(str(mine))
+
+
+FAULTS = {
+    "while it draws": (
+        "    return 1 / 0\n",
+        "ZeroDivisionError: division by zero (",
+        "line 9: `return 1 / 0`",
+    ),
+    "when it is read": (
+        "    pass\nimport nowhere\n",
+        "No module named 'nowhere'",
+        "line 10: `import nowhere`",
+    ),
+    "a syntax error": ("    return (\n", "was never closed", "line 9"),
+    "no figure": ("    return None\n", "draw(records) returned None", "mine.py)"),
+    "a record without its values": (
+        "    return records[0].values['x']\n",
+        "KeyError: 'x'",
+        "line 9: `return records[0].values['x']`",
+    ),
+    "text that cannot be set": (
+        "    from matplotlib.figure import Figure\n    f = Figure()\n    f.text(0, 0, '$\\\\frac$')\n    return f\n",
+        "ValueError",
+        "mine.py)",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", FAULTS)
+def test_a_figure_that_raises_is_one_paragraph_and_the_others_are_drawn(
+    what: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    body, said, where = FAULTS[what]
+    head = '"""A figure.\n\nClaim: c\nRecords: r\nReproduce: shardlab train c\n"""\nRECORDS = ("*",)\n'
+    Path("mine.py").write_text(f"{head}def draw(records):\n{body}")
+    train(Path("records.jsonl"))
+    words = ["mine.py", "loss_curves", "--records", "records.jsonl", "--out", "out", "--formats", "svg"]
+    assert cli.main(["figures", *words, "--json", "result.json"]) == 2
+    shown = capsys.readouterr()
+    assert shown.out == "out/loss_curves.svg\n"
+    assert [p.name for p in Path("out").iterdir()] == ["loss_curves.svg"]
+    read = what != "a syntax error"
+    fault = "mine cannot be drawn" if read else f"file {tmp_path / 'mine.py'} cannot be read"
+    assert shown.err.startswith(f"shardlab: The figure {fault}: ")
+    assert shown.err.count("\n") == 1
+    assert said in shown.err
+    assert where in shown.err
+    result = json.loads(Path("result.json").read_text())
+    assert ([f["name"] for f in result["figures"]], list(result["broken"])) == (["loss_curves"], ["mine.py"])
+    assert cli.main(["figures", *words, "--debug"]) == 2
+    assert "Traceback" in capsys.readouterr().err
 
 
 def test_without_matplotlib_the_error_names_the_extra(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from jax import lax
 from jax.sharding import PartitionSpec
 
 from sharding.axes import MeshShape
-from sharding.ledger import Collective, collectives, flops, per_axis, trace
+from sharding.ledger import Collective, collectives, flops, per_axis
 from sharding.mesh import device_mesh
 from sharding.partitioner import Auto, Manual, Partitioner
 from sharding.relayout import vary
@@ -42,7 +42,7 @@ def traced(
 ) -> tuple[TrainStep, list[Collective]]:
     step = make_step(config, rules, mesh, partitioner, accumulate)
     return step, collectives(
-        trace(step.update, step.abstract_state(), step.abstract_batch(ROWS)), mesh.sizes()
+        jax.make_jaxpr(step.update)(step.abstract_state(), step.abstract_batch(ROWS)), mesh.sizes()
     )
 
 
@@ -182,7 +182,7 @@ def local(body: Callable[[Any], Any], out: PartitionSpec, times: int = 1) -> lis
     def whole(x):
         return lax.scan(lambda c, _: (c, inside(x)), jnp.zeros(()), None, length=times)[1]
 
-    return collectives(trace(whole, jax.ShapeDtypeStruct((16, 8), jnp.float32)), MESH.sizes())
+    return collectives(jax.make_jaxpr(whole)(jax.ShapeDtypeStruct((16, 8), jnp.float32)), MESH.sizes())
 
 
 SIZE = 4 * 4 * 8
@@ -230,13 +230,14 @@ def test_one_collective_is_counted_once_a_trip(case: str, times: int) -> None:
 def test_products_are_counted_with_their_loops_and_backward() -> None:
     x, w = jax.ShapeDtypeStruct((4, 8), jnp.float32), jax.ShapeDtypeStruct((8, 8), jnp.float32)
     once = 2 * 4 * 8 * 8
-    assert flops(trace(jnp.dot, x, w)) == once
+    assert flops(jax.make_jaxpr(jnp.dot)(x, w)) == once
 
     def looped(x, w):
         return lax.scan(lambda x, _: (x @ w, None), x, None, length=3)[0]
 
-    assert flops(trace(looped, x, w)) == 3 * once
+    assert flops(jax.make_jaxpr(looped)(x, w)) == 3 * once
     both = jax.grad(lambda w, x: jnp.sum(looped(x, w)))
-    assert flops(trace(both, w, x)) in (8 * once, 9 * once)  # the first product's input needs no gradient
+    # the first product's input needs no gradient
+    assert flops(jax.make_jaxpr(both)(w, x)) in (8 * once, 9 * once)
     remat = jax.grad(lambda w, x: jnp.sum(jax.checkpoint(jnp.dot)(x, w) ** 2))
-    assert flops(trace(remat, w, x)) == 2 * once
+    assert flops(jax.make_jaxpr(remat)(w, x)) == 2 * once

@@ -10,17 +10,9 @@ import numpy as np
 import pytest
 
 from experiments.records import read
-from tests.small import arrays, losses, only, place, start
+from tests.small import arrays, losses, only, start
 
 STEPS, BATCH = 8, 16
-
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A working directory with the small config."""
-    folder = tmp_path_factory.mktemp("home")
-    place(folder)
-    return folder
 
 
 def meeting_place(processes: int) -> tuple[object, ...]:

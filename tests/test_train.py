@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import shutil
 import signal
+import subprocess
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -18,18 +20,7 @@ from experiments.config import load
 from experiments.records import read
 from tests.small import arrays, losses, only, place, shardlab, start, steps, until
 
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A working directory with the small config."""
-    folder = tmp_path_factory.mktemp("home")
-    place(folder)
-    return folder
-
-
-@pytest.fixture(autouse=True)
-def _at_home(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(home)
+pytestmark = pytest.mark.usefixtures("at_home")
 
 
 @pytest.fixture(scope="module")
@@ -267,6 +258,40 @@ def test_a_second_ctrl_c_leaves_at_once(home: Path):
     assert "interrupted" in said
     assert "Traceback" not in said
     assert sealed_steps(only(home / "impatient") / "checkpoints") == []
+
+
+def test_a_run_left_before_its_first_step_leaves_no_folder(home: Path, capsys: pytest.CaptureFixture[str]):
+    process = start(home, "train", "small.py", "--runs", "unbegun", SLOW=30)
+    until(process, "run folder")  # everything is written, and the first batch does not come
+    assert (only(home / "unbegun") / "config.py").exists()
+    process.send_signal(signal.SIGINT)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(timeout=5)
+    if process.poll() is None:  # the loop had begun, and answered that Ctrl-C again leaves at once
+        process.send_signal(signal.SIGINT)
+    said, _ = process.communicate(timeout=15)
+    assert process.returncode == 130
+    assert "interrupted" in said
+    assert not (home / "unbegun").exists()
+
+
+def test_a_run_killed_before_its_first_step_is_passed_over(
+    whole: tuple[Path, str], home: Path, capsys: pytest.CaptureFixture[str]
+):
+    process = start(home, "train", "small.py", "--runs", "killed", SLOW=30)
+    until(process, "run folder")
+    process.kill()
+    process.communicate(timeout=15)
+    killed = only(home / "killed")
+    for which in ("latest", killed):
+        assert shardlab("train", "small.py", "--runs", "killed", "--resume", which) == 2
+        assert "checkpoint" in capsys.readouterr().err
+    older = killed.with_name("20000101-000000-00000000")
+    shutil.copytree(whole[0], older)
+    shutil.rmtree(older / "checkpoints" / "8")
+    assert shardlab("train", "small.py", "--runs", "killed", "--resume", "latest") == 0
+    assert max(sealed_steps(older / "checkpoints")) == 8
+    assert sealed_steps(killed / "checkpoints") == []
 
 
 def test_a_loss_that_is_not_finite_is_shown_and_recorded(capsys: pytest.CaptureFixture[str]):

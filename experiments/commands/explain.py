@@ -6,10 +6,11 @@ Nothing is run and no device is touched: the step is traced for devices that nee
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from experiments import cli
+from sharding.finding import Limits
 
 ASSUMED = 8
 """Devices explained for when the config takes whatever is present."""
@@ -21,6 +22,8 @@ class Flags:
 
     json: Path | None = None
     """Write the whole explanation to this file as one JSON document."""
+    warn: Limits = field(default_factory=Limits)
+    """From what size on waste is told."""
 
 
 def main(argv: list[str]) -> int:
@@ -30,7 +33,7 @@ def main(argv: list[str]) -> int:
     from experiments.tables import print_explanation
 
     devices = ASSUMED if experiment.devices.count == -1 else experiment.devices.count
-    told = explain(experiment, devices)
+    told = explain(experiment, devices, flags.warn)
     print_explanation(told)
     if experiment.devices.count == -1:
         print(

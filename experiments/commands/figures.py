@@ -20,7 +20,7 @@ from experiments.records import MissingRecords, RecordError
 from sharding.errors import InputError
 
 if TYPE_CHECKING:
-    from paper_figures.build import Built
+    from paper_figures.build import BrokenFigure, Built
 
 
 def draw_run(run_folder: str | Path) -> list[Path]:
@@ -36,10 +36,17 @@ def draw_run(run_folder: str | Path) -> list[Path]:
 
 
 def main(argv: list[str]) -> int:
-    """Runs the command; 0 when every figure asked for was drawn, 2 with a paragraph on stderr otherwise."""
+    """Runs the command; 0 when every figure asked for was drawn, 2 with a paragraph on stderr otherwise.
+
+    A figure whose own code raises does not keep the others from being drawn; its BrokenFigure is raised at the end.
+    """
     options = _parse(argv)
+    from paper_figures.build import BrokenFigure
+
     try:
         return _run(options)
+    except BrokenFigure:
+        raise
     except RecordError as error:
         print(error, file=sys.stderr)
         return 2
@@ -51,25 +58,25 @@ def _run(options: argparse.Namespace) -> int:
     names = options.names or build.figure_names()
     _check_places(options)
     try:
-        built, missing = build.build_all(names, options.out, options.formats.split(","), options.records)
-    except SyntaxError as error:
-        raise RecordError(
-            f"The figure file {error.filename} cannot be read: line {error.lineno}: {error.msg}. Correct that line."
-        ) from None
+        built, failed = build.build_all(names, options.out, options.formats.split(","), options.records)
     except OSError as error:
         raise RecordError(
             f"The figures cannot be drawn into {options.out}: {error}. Give another folder with --out."
         ) from None
+    broken = [error for error in failed.values() if isinstance(error, build.BrokenFigure)]
     for path in (path for figure in built for path in figure.files):
         print(path)
     # Records given by hand feed some figures and not others; only a figure asked for by name must be there.
     optional = bool(options.records and not options.names and built)
-    for error in missing.values():
-        print(error, file=sys.stderr)
+    for error in failed.values():
+        if error not in broken[:1]:
+            print(error, file=sys.stderr)
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(_result(built, missing), indent=2) + "\n")
-    return 0 if optional or not missing else 2
+        options.json.write_text(json.dumps(_result(built, failed), indent=2) + "\n")
+    if broken:
+        raise broken[0]  # printed by the command line, with --debug below its traceback
+    return 0 if optional or not failed else 2
 
 
 def _check_places(options: argparse.Namespace) -> None:
@@ -109,7 +116,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def _result(built: list[Built], missing: dict[str, MissingRecords]) -> dict[str, object]:
+def _result(built: list[Built], failed: dict[str, MissingRecords | BrokenFigure]) -> dict[str, object]:
     def described(path: Path) -> dict[str, object]:
         data = path.read_bytes()
         return {"path": str(path), "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
@@ -122,4 +129,6 @@ def _result(built: list[Built], missing: dict[str, MissingRecords]) -> dict[str,
         }
         for b in built
     ]
-    return {"figures": figures, "missing": {name: str(error) for name, error in missing.items()}}
+    missing = {name: str(error) for name, error in failed.items() if isinstance(error, MissingRecords)}
+    broken = {name: str(error) for name, error in failed.items() if name not in missing}
+    return {"figures": figures, "missing": missing, "broken": broken}

@@ -17,6 +17,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from experiments import cli
+from experiments.progress import terminal
 from sharding.errors import InputError
 
 if TYPE_CHECKING:
@@ -27,17 +29,15 @@ if TYPE_CHECKING:
 def main(argv: list[str]) -> int:
     """Run `shardlab tokenize`. Returns 0; raises InputError for bad input."""
     options = _parse(argv)
+    if options.json:
+        cli.check_file(options.json, "--json")
     if options.verify:
         facts = _verify(Path(options.source))
     else:
         facts = _tokenize(options)
     if options.json:
-        try:
-            Path(options.json).write_text(
-                json.dumps(facts, indent=2, sort_keys=True) + "\n", encoding="utf-8"
-            )
-        except OSError as error:
-            raise InputError(f"Cannot write --json {options.json}: {error.strerror}.") from error
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps(facts, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     return 0
 
 
@@ -65,7 +65,9 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--verify", action="store_true", help="check the folder SOURCE instead of writing one"
     )
-    parser.add_argument("--json", metavar="PATH", help="also write the result as one JSON document")
+    parser.add_argument(
+        "--json", type=Path, metavar="PATH", help="also write the result as one JSON document"
+    )
     options = parser.parse_args(argv)
     if not options.verify and not options.out:
         parser.error("--out DIR is needed (or --verify to check the folder SOURCE)")
@@ -147,11 +149,10 @@ def _progress(what: str, corpus: Corpus) -> Iterator[Callable[[int], None]]:
     packed = any(file.path.suffix in (".gz", ".dz") for file in corpus.files)
     total = None if packed else corpus.bytes_on_disk
     if sys.stderr.isatty():
-        from rich.console import Console
         from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
         columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
-        with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        with Progress(*columns, console=terminal(stderr=True), transient=True) as bar:
             task = bar.add_task(what, total=total)
             yield lambda seen: bar.update(task, completed=seen)
         return
