@@ -1,0 +1,89 @@
+"""Prove that a config's split computes what one device computes, on every mesh that its rules can use.
+
+Loss, every gradient, every parameter and optimizer array after some updates are compared with one device, for both
+partitioners, against error budgets derived from measured rounding (docs/verify.md). On departure the first tensor that
+departs is named. `--steps N` sets the updates compared (5), `--devices N` the most devices of a mesh (8). Exit code 1
+when anything departs.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from experiments import cli
+from sharding.errors import InputError
+
+if TYPE_CHECKING:
+    from sharding.axes import MeshShape
+
+STEPS, DEVICES = 5, 8
+
+
+@dataclass(frozen=True)
+class Flags:
+    """Options of `shardlab verify`."""
+
+    json: Path | None = None
+    """Write every case with its errors and budgets to this file as one JSON document."""
+    meshes: tuple[str, ...] = ()
+    """Only these meshes, such as data=2,tensor=4; by default all that the rules can use."""
+    partitioners: Literal["both", "manual", "auto"] = "both"
+    """Who partitions."""
+    x64: bool = False
+    """Compute in double precision, where the budget is near the rounding of double."""
+
+
+def main(argv: list[str]) -> int:
+    """Verify; 0 when every mesh agrees with one device, 1 when one departs."""
+    experiment, flags, origin = cli.read(argv, Flags)
+    meshes = tuple(_mesh(text) for text in flags.meshes)
+    given = {word.partition("=")[0] for word in origin.overrides}
+    steps = experiment.steps if "--steps" in given else min(STEPS, experiment.steps)
+    if "--devices.count" not in given and experiment.devices.kind == "pretend":
+        most = max([DEVICES, *(m.devices for m in meshes)])
+        experiment = replace(experiment, devices=replace(experiment.devices, count=most))
+    from experiments import assemble, devices
+    from experiments.progress import Progress
+    from experiments.verification import cases, verify
+    from experiments.verified_tables import print_case, print_verified
+    from sharding.partitioner import Auto, Manual
+
+    began = time.perf_counter()
+    found = devices.start(experiment.devices)
+    devices.cache_compilations(str(assemble.CACHE / "jax"))
+    by = {"both": (), "auto": (Auto(),), "manual": (Manual(),)}[flags.partitioners]
+    asked = cases(experiment, len(found), meshes, by)
+    with Progress(len(asked)) as show:
+        dataset = experiment.data.open(assemble.CACHE / "data")
+        show.line(
+            f"{experiment.name}: {experiment.rules!r} on {len(asked)} meshes and partitioners, {steps} updates each"
+        )
+        made = verify(
+            experiment, dataset, found, asked, steps, flags.x64, lambda *told: print_case(show, *told)
+        )
+    seconds = time.perf_counter() - began
+    print_verified(made, seconds)
+    if flags.json:
+        flags.json.parent.mkdir(parents=True, exist_ok=True)
+        flags.json.write_text(json.dumps({**made.to_json(), "seconds": seconds}, indent=1) + "\n")
+    return 1 if made.departed else 0
+
+
+def _mesh(text: str) -> MeshShape:
+    """`data=2,tensor=4` as a mesh; InputError when it cannot be read."""
+    from sharding.axes import MeshShape
+
+    pairs = []
+    for word in text.split(","):
+        axis, _, size = word.partition("=")
+        if not size.strip().isdecimal() or int(size) < 1:
+            raise InputError(
+                f"--meshes {text} cannot be read at {word!r}: a mesh is its axes with their sizes, such as "
+                f"data=2,tensor=4. Give every axis a whole number of devices."
+            )
+        pairs.append((axis.strip(), int(size)))
+    return MeshShape.of(*pairs)

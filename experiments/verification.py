@@ -1,0 +1,290 @@
+"""Verification: the same training on one device and on every mesh that a config's rules can use, compared leaf by leaf.
+
+config -> one device in the working precision and in double (the budget) -> every mesh x partitioner (a trial each)
+-> compared -> where the first departing split parts from one device.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import fields, replace
+from typing import Any
+
+import numpy as np
+
+from experiments.assemble import one_device, train_step
+from experiments.config import Experiment
+from experiments.data.contract import Dataset
+from experiments.verified import Case, Outcome, Verified
+from sharding.axes import MeshShape
+from sharding.errors import InputError
+from sharding.foreign import Foreign
+from sharding.params import declare
+from sharding.partitioner import Auto, Manual, Partitioner
+from sharding.proof.bisect import Departure, bisect, of_leaf
+from sharding.proof.budget import MOST, Budget, Compared, largest
+from sharding.proof.double import doubled
+from sharding.proof.meshes import axes_of, shapes
+from sharding.proof.trial import Leaves, Ready, Trial
+from sharding.step import TrainStep
+
+COMPILERS = 2
+"""Programs that are compiled at a time: running one leaves a core idle now and then."""
+
+
+def cases(
+    experiment: Experiment,
+    devices: int,
+    meshes: Sequence[MeshShape] = (),
+    partitioners: Sequence[Partitioner] = (),
+) -> list[Case]:
+    """The cases of a config: its own mesh first, then every mesh of up to `devices` devices, under both partitioners."""
+    model = experiment.model.build()
+    inputs = [tuple(entry.names.split()) for entry in model.inputs.values()]
+    legal = list(meshes) or shapes(axes_of(experiment.rules, declare(model), inputs), devices)
+    own = [] if meshes else [m for m in legal if m.sizes() == experiment.mesh.sizes()]
+    ordered = [*own, *(m for m in legal if m not in own)]
+    by = list(partitioners) or ([Auto()] if isinstance(model, Foreign) else [_manual(experiment), Auto()])
+    return [Case(mesh, p) for mesh in ordered for p in by]
+
+
+def verify(
+    experiment: Experiment,
+    dataset: Dataset,
+    found: Sequence[Any],
+    asked: Sequence[Case],
+    steps: int,
+    x64: bool = False,
+    told: Callable[[Outcome, int, int], None] = lambda *_: None,
+) -> Verified:
+    """Run every case against one device on the devices `found` and find where the departing ones part from it.
+
+    steps: updates compared. x64: the splits compute in double as well. told: called with each outcome as it comes, its
+    number and how many there are. Raises InputError when no mesh is legal.
+    """
+    work = _Work(experiment, dataset, found, steps, x64)
+    legal, outcomes = work.legal(asked)
+    if not legal:
+        raise InputError(f"None of the {len(asked)} meshes can be laid out. The first: {outcomes[0].refused}")
+    work.rows = _rows(experiment, [step for _, step in legal])
+    with _compiling(legal, work) as compiled:
+        work.judge()  # while the first cases compile
+        for at, (case, ready) in enumerate(compiled):
+            outcomes.append(work.outcome(case, ready))
+            told(outcomes[-1], at + 1, len(legal))
+    if all(o.refused for o in outcomes):
+        raise InputError(f"None of the {len(asked)} meshes can be used. The first: {outcomes[0].refused}")
+    outcomes = work.explained(outcomes)
+    order = {case: i for i, case in enumerate(asked)}
+    outcomes.sort(key=lambda o: order[o.case])
+    terms, leaves = work.budget.terms, len(work.single.gradients)
+    return Verified(tuple(outcomes), steps, work.rows, terms, leaves, "float64" if x64 else "float32")
+
+
+class _Work:
+    """What the cases of one verification share: data, one device's trials, the budget."""
+
+    def __init__(self, experiment: Experiment, dataset: Dataset, found: Sequence[Any], steps: int, x64: bool):
+        self.experiment, self.dataset, self.found, self.steps, self.x64 = (
+            experiment,
+            dataset,
+            found,
+            steps,
+            x64,
+        )
+        self.rows = experiment.batch
+        self.drawn: dict[MeshShape, Leaves] = {}
+
+    def step(self, case: Case, model: Any = None) -> TrainStep:
+        """The case's step on the first devices."""
+        e = replace(
+            self._wide() if self.x64 else self.experiment, mesh=case.mesh, partitioner=case.partitioner
+        )
+        count = math.prod(case.mesh.sizes().values())
+        return train_step(e, self.found[:count], doubled(e.model.build()) if self.x64 else model)
+
+    def _wide(self) -> Experiment:
+        """The experiment whose model computes in double, where it has a dtype to set."""
+        model: Any = self.experiment.model
+        has = any(f.name == "dtype" for f in fields(model))
+        return replace(self.experiment, model=replace(model, dtype="float64")) if has else self.experiment
+
+    def legal(self, asked: Sequence[Case]) -> tuple[list[tuple[Case, TrainStep]], list[Outcome]]:
+        """The cases that can be laid out, with their steps, and those that the rules refuse."""
+        good: list[tuple[Case, TrainStep]] = []
+        bad: list[Outcome] = []
+        for case in asked:
+            try:
+                good.append((case, self.step(case)))
+            except InputError as error:
+                bad.append(Outcome(case, {}, "", (), refused=str(error)))
+        return good, bad
+
+    def judge(self) -> None:
+        """Run one device in the working precision and in double."""
+        self.batches = _batches(self.experiment, self.dataset, self.rows, self.steps)
+        self.one, wide = one_device(self.experiment), self._wide()
+        self.two = one_device(wide, doubled(wide.model.build()))
+        self.single = Ready(self.one, self.rows).run(self.experiment.seed, self.batches)
+        # The same start: a foreign model may draw other numbers in double.
+        self.exact = Ready(self.two, self.rows, True).run(
+            self.experiment.seed, self.batches, self.single.initial
+        )
+        self.budget = Budget(self.batches[0]["weights"].size, self.x64)
+        self._check_rounding()
+
+    def _check_rounding(self) -> None:
+        """Refuse a model that computes something else in double: the difference would be taken for rounding."""
+        most = MOST["bfloat16" if "16" in str(getattr(self.experiment.model, "dtype", "")) else "float32"]
+        got, want = self.single.gradients, self.exact.gradients
+        overall = max(largest(g) for g in want.values())
+        for path, exact in want.items():
+            off = largest(got[path].astype(np.float64) - exact) / max(largest(exact), 1e-3 * overall, 1e-300)
+            if not off <= most:
+                raise InputError(
+                    f"One device in the model's own precision and in double differ by {off:.1e} in the gradient of {path}, "
+                    f"where rounding would make at most {most:.0e}: the model computes something else in double, so no "
+                    f"error budget can be derived. Draw random bits as integers (jax.random.bits), since floating "
+                    f"draws depend on the precision, or give verify a tamer start (another --seed, a smaller scale)."
+                )
+
+    def outcome(self, case: Case, ready: Ready | BaseException) -> Outcome:
+        """Run a compiled case and compare it."""
+        if isinstance(ready, InputError):
+            return Outcome(case, {}, "", (), refused=str(ready))
+        try:
+            if isinstance(ready, BaseException):
+                raise ready
+            # Both partitioners lay the parameters alike: what one of them drew on this mesh is what the other would.
+            foreign = self.x64 and isinstance(ready.step.model, Foreign)
+            start = self.single.initial if foreign else self.drawn.get(case.mesh)
+            trial = ready.run(self.experiment.seed, self.batches, start)
+            self.drawn[case.mesh] = trial.initial
+        except (TypeError, ValueError, RuntimeError, AssertionError, IndexError, KeyError) as error:
+            return Outcome(
+                case, {}, "", (), failed=f"{type(error).__name__}: {' '.join(str(error).split())[:600]}"
+            )
+        compared = self._compared(trial)
+        worst = {k: max(group, key=lambda c: c.share) for k, group in compared.items() if group}
+        drawn = {p: w.astype(np.float32) for p, w in trial.initial.items()}
+        initial = next((p for p, w in self.single.initial.items() if not np.array_equal(drawn[p], w)), "")
+        return Outcome(case, worst, initial, tuple(trial.uneven))
+
+    def _compared(self, trial: Trial) -> dict[str, list[Compared]]:
+        parts = {"gradient": "gradients", "parameter": "params", "optimizer": "optimizer"}
+        made = {
+            kind: self.budget.compare(kind, *(getattr(t, name) for t in (trial, self.single, self.exact)))
+            for kind, name in parts.items()
+        }
+        metrics = [_metrics(t) for t in (trial, self.single, self.exact)]
+        return {"loss": self.budget.compare("loss", *metrics), **made}
+
+    def explained(self, outcomes: list[Outcome]) -> list[Outcome]:
+        """The outcomes, with where it departs for the smallest departing mesh of each partitioner."""
+        chosen: dict[Partitioner, Outcome] = {}
+        size = lambda o: math.prod(o.case.mesh.sizes().values())
+        for o in outcomes:
+            if o.departs and not o.failed:
+                old = chosen.get(o.case.partitioner)
+                chosen[o.case.partitioner] = o if old is None or size(o) < size(old) else old
+        return [replace(o, departure=self._departure(o)) if o in chosen.values() else o for o in outcomes]
+
+    def _departure(self, o: Outcome) -> Departure | None:
+        step = self.step(o.case)
+        if o.initial:
+            return Departure(
+                "initial", f"the initial values of {o.initial}", step.layouts[o.initial].param.text(), (), 1.0, 0.0,
+                "another draw: initial values must be a function of seed and path alone",
+            )  # fmt: skip
+        where = bisect(step, self.one, self.two, self.single.initial, self.batches[0], self.budget)
+        if where is not None:
+            return where
+        first = self.single.initial
+        trial = Ready(step, self.rows, self.x64).run(self.experiment.seed, self.batches[:1], first)
+        short = {n: Ready(s, self.rows, d).run(self.experiment.seed, self.batches[:1], first) for n, s, d in (
+            ("single", self.one, False), ("exact", self.two, True))}  # fmt: skip
+        want = short["exact" if self.x64 else "single"]
+        for kind, name in (("gradient", "gradients"), ("parameter", "params"), ("optimizer", "optimizer")):
+            of = [getattr(t, name) for t in (trial, short["single"], short["exact"])]
+            wrong = [c for c in self.budget.compare(kind, *of) if c.share > 1]
+            uneven = [c for c in self.budget.compare(kind, *of) if f"{kind} {c.path}" in trial.uneven]
+            if wrong or uneven:
+                return of_leaf(step, max(wrong or uneven, key=lambda c: c.share), trial, want)
+        return None
+
+
+@contextmanager
+def _compiling(
+    legal: Sequence[tuple[Case, TrainStep]], work: _Work
+) -> Iterator[Iterator[tuple[Case, Ready | BaseException]]]:
+    """Every case compiled, in order, the next ones already while their predecessor runs. Only the caller's thread runs
+    programs: two programs over the same devices may wait for each other.
+    """
+
+    def make(step: TrainStep) -> Ready | BaseException:
+        try:
+            ready = Ready(step, work.rows, work.x64)
+            step.split.layouts.check_used()
+            return ready
+        except Exception as error:
+            return error
+
+    pool = ThreadPoolExecutor(COMPILERS)
+    left = iter(legal)
+    waiting: deque[tuple[Case, Future[Ready | BaseException]]] = deque()
+
+    def ahead() -> None:
+        while len(waiting) < 2 * COMPILERS and (following := next(left, None)) is not None:
+            waiting.append((following[0], pool.submit(make, following[1])))
+
+    def each() -> Iterator[tuple[Case, Ready | BaseException]]:
+        while waiting:
+            case, future = waiting.popleft()
+            ready = future.result()
+            ahead()
+            yield case, ready
+
+    try:
+        ahead()
+        yield each()
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _manual(experiment: Experiment) -> Manual:
+    return experiment.partitioner if isinstance(experiment.partitioner, Manual) else Manual()
+
+
+def _rows(experiment: Experiment, steps: Sequence[TrainStep]) -> int:
+    """Rows of a batch that every case can split: the fewest, since rows do not touch each other; at most the config's."""
+    needed = 1
+    for step in steps:
+        for layout in step.inputs.values():
+            axes = layout.dims[layout.names.index("batch")] if "batch" in layout.names else ()
+            parts = math.prod(step.split.layouts.sizes[a] for a in axes)
+            needed = math.lcm(needed, parts * experiment.accumulate)
+    return needed if needed >= 4 and experiment.batch % needed == 0 else experiment.batch
+
+
+def _batches(experiment: Experiment, dataset: Dataset, rows: int, steps: int) -> list[dict[str, np.ndarray]]:
+    """Training rows with weights drawn anew: rows, positions and shards that all weighed the same would hide a mean of
+    means. The first eighth of the rows weighs nothing.
+    """
+    draw = np.random.default_rng(experiment.seed)
+    made = []
+    for step in range(steps):
+        batch = dataset.rows("train", experiment.seed, step, rows, 0, rows)
+        factor = draw.uniform(0.1, 2.0, batch["weights"].shape).astype(np.float32)
+        factor[: rows // 8] = 0.0
+        made.append({**batch, "weights": batch["weights"] * factor})
+    return made
+
+
+def _metrics(trial: Trial) -> dict[str, np.ndarray]:
+    """Every metric by name, an entry an update."""
+    names = trial.metrics[0]
+    return {name: np.array([seen[name] for seen in trial.metrics]) for name in names}

@@ -1,0 +1,90 @@
+"""What a verification finds, as values: the cases, each one's outcome, the whole."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from experiments.expressions import show_partitioner
+from sharding.axes import MeshShape
+from sharding.partitioner import Partitioner
+from sharding.proof.bisect import Departure
+from sharding.proof.budget import Compared
+
+KINDS = ("loss", "gradient", "parameter", "optimizer")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One mesh under one partitioner."""
+
+    mesh: MeshShape
+    partitioner: Partitioner
+
+    @property
+    def title(self) -> str:
+        """`data=2 fsdp=4, manual`."""
+        return f"{self.mesh.describe()}, {show_partitioner(self.partitioner)}"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a case gave: its worst array of each kind, or why it was refused or failed."""
+
+    case: Case
+    worst: dict[str, Compared]
+    initial: str
+    """The first parameter whose initial values are not those of one device to the bit, "" when all are."""
+    uneven: tuple[str, ...]
+    refused: str = ""
+    """Why this mesh is not legal for the rules: no fault."""
+    failed: str = ""
+    """What was raised while it was traced, compiled or run: a fault."""
+    departure: Departure | None = None
+
+    @property
+    def departs(self) -> bool:
+        """Whether it is not what one device computes."""
+        wrong = any(c.share > 1 for c in self.worst.values())
+        return bool(self.failed or self.initial or self.uneven or wrong)
+
+
+@dataclass(frozen=True)
+class Verified:
+    """The outcome of every case, and what they were held against."""
+
+    outcomes: tuple[Outcome, ...]
+    steps: int
+    rows: int
+    terms: int
+    leaves: int
+    precision: str
+
+    @property
+    def checked(self) -> tuple[Outcome, ...]:
+        """Those that were not refused."""
+        return tuple(o for o in self.outcomes if not o.refused)
+
+    @property
+    def departed(self) -> tuple[Outcome, ...]:
+        """Those that are not what one device computes."""
+        return tuple(o for o in self.outcomes if o.departs)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON types; every figure is measured."""
+
+        def one(o: Outcome) -> dict[str, Any]:
+            return {
+                "mesh": {a: n for a, n in o.case.mesh.sizes().items() if n > 1},
+                "partitioner": show_partitioner(o.case.partitioner),
+                "verdict": "refused" if o.refused else "departs" if o.departs else "agrees",
+                "worst": {k: {**asdict(c), "share_of_budget": c.share} for k, c in o.worst.items()},
+                "initial_parameters_differ": o.initial,
+                "uneven": list(o.uneven),
+                "refused": o.refused,
+                "failed": o.failed,
+                "departure": asdict(o.departure) if o.departure else None,
+            }
+
+        head = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "outcomes"}
+        return {"provenance": "measured", **head, "cases": [one(o) for o in self.outcomes]}

@@ -1,0 +1,91 @@
+"""Verifications for a terminal: a line a case as it comes, then what was found."""
+
+from __future__ import annotations
+
+import math
+import textwrap
+from typing import TYPE_CHECKING
+
+from experiments.progress import clock, terminal
+from experiments.verified import KINDS, Outcome, Verified
+
+if TYPE_CHECKING:
+    from experiments.progress import Progress
+    from sharding.proof.bisect import Departure
+    from sharding.proof.budget import Compared
+
+
+def print_case(show: Progress, outcome: Outcome, at: int, of: int) -> None:
+    """One line: the case, its worst error of each kind with the part of the budget that it takes."""
+    show.reached(at)
+    if outcome.refused:
+        return
+    verdict = "DEPARTS" if outcome.departs else "agrees"
+    said = "  ".join(f"{kind} {_cell(outcome.worst[kind])}" for kind in KINDS if kind in outcome.worst)
+    show.line(
+        f"{verdict:8}{outcome.case.title:36} {said}{outcome.failed[:200]}", "red" if outcome.departs else ""
+    )
+
+
+def _cell(c: Compared) -> str:
+    """`2.1e-07 (8%)`: the error, and its part of the budget."""
+    part = "inf" if math.isinf(c.share) else f"{c.share:.0%}" if c.share < 100 else f"{c.share:.0f}x"
+    return f"{c.error:.1e} ({part})"
+
+
+def print_verified(made: Verified, seconds: float) -> None:
+    """The verdict, the worst array of all, what was refused and where it departs."""
+    console = terminal(highlight=False, soft_wrap=True, emoji=False)
+    checked, refused = made.checked, [o for o in made.outcomes if o.refused]
+    console.print()
+    if made.departed:
+        titles = "; ".join(o.case.title for o in made.departed)
+        console.print(f"[bold red]{len(made.departed)} of {len(checked)} depart from one device[/]: {titles}")
+    else:
+        meshes = len({o.case.mesh for o in checked})
+        console.print(
+            f"[bold]All {len(checked)} agree with one device[/] ({meshes} meshes; {made.leaves} arrays each, {made.steps} "
+            f"updates of {made.rows} rows, {made.precision}, {clock(seconds)})"
+        )
+    for kind in KINDS:
+        worst = [(o.worst[kind], o) for o in checked if kind in o.worst]
+        if worst:
+            c, o = max(worst, key=lambda pair: pair[0].share)
+            what = f"{c.path}, {o.case.title}"
+            console.print(f"  worst {kind:10} {c.error:.1e} of {c.allowed:.1e} allowed: {what}", markup=False)
+    if refused:
+        console.print(
+            f"{len(refused)} not legal for these rules and sizes, such as {refused[0].case.title}:",
+            markup=False,
+        )
+        console.print(textwrap.indent(refused[0].refused, "  "), markup=False)
+    for o in made.departed:
+        if o.failed:
+            console.print(f"\n[bold]{o.case.title}[/] could not run", highlight=False)
+            console.print(f"  {o.failed}", markup=False)
+        if o.departure:
+            console.print(f"\n[bold]{o.case.title}[/] departs {_PHASES[o.departure.phase]}")
+            _departure(console, o.departure)
+        elif o.uneven:
+            console.print(
+                f"\n[bold]{o.case.title}[/]: devices hold different values of {', '.join(o.uneven[:4])}"
+            )
+
+
+_PHASES = {
+    "initial": "before the first update",
+    "forward": "in the forward pass",
+    "backward": "in the backward pass (all named ops of the forward pass agree)",
+    "gradient": "in a gradient (all named ops agree, forward and backward)",
+    "update": "in the update (all gradients agree)",
+}
+
+
+def _departure(console: object, d: Departure) -> None:
+    say = lambda text: console.print(text, markup=False)  # type: ignore[attr-defined]
+    say(f"  first    {d.what}")
+    say(f"  lies     {d.layout}")
+    for placed in d.placed:
+        say(f"           {placed}")
+    say(f"  error    {d.error:.1e} of its largest entry, where rounding may make {d.allowed:.1e}")
+    say(f"  looks as {d.looks}")

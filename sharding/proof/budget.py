@@ -1,0 +1,115 @@
+"""How far a split may be from one device before it is wrong: a budget for each array, derived from measured rounding.
+
+A split adds the same numbers in another order, so it rounds differently: no two orders agree to the last bit, and none is
+the right one. What is right is the result in double precision. The distance of *one device* in the working precision from
+one device in double, array by array, is a sample of the rounding that the computation makes of itself: it holds the length
+of every sum, the depth of the model, and what the optimizer makes of a gradient near zero. A split may be
+
+    max(MARGIN x that distance, unit x sqrt(n))
+
+from one device, in the same norm. `unit` is the unit roundoff and n the elements a sum runs over: the error of a sum of n
+terms grows as unit x sqrt(n) with probability near one (Higham and Mary 2019, A new approach to probabilistic rounding
+error analysis, theorem 2.4), which stands in where one device happened to round to the exact result. In double precision
+there is nothing better to compare with, and rounding scales with the unit roundoff: the distance is that of the working
+precision times the ratio of the two units.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+MARGIN = 16.0
+"""Times the rounding of one device that a split may differ by: two roundings, each a few deviations from its mean."""
+UNITS = {"float32": 2.0**-24, "float64": 2.0**-53}
+"""Unit roundoff of the precision that sums are taken in."""
+
+
+MOST = {"float32": 1e-2, "bfloat16": 0.5}
+"""Rounding of one device, relative to an array's scale, above which it is no rounding: a budget made of it would pass
+anything."""
+
+
+@dataclass(frozen=True)
+class Compared:
+    """One array of a split against one device. `error` and `allowed` are relative to `scale`."""
+
+    kind: str
+    """"loss", "gradient", "parameter" or "optimizer"."""
+    path: str
+    error: float
+    allowed: float
+    scale: float
+    """What `error` is relative to, in the array's own units: its largest entry, or its root mean square."""
+
+    @property
+    def share(self) -> float:
+        """The part of its budget that the error takes; above 1 the split departs from one device."""
+        if math.isnan(self.error):
+            return math.inf
+        return self.error / self.allowed if self.allowed else (0.0 if self.error == 0 else math.inf)
+
+
+def largest(x: np.ndarray) -> float:
+    """The largest magnitude: one wrong entry shows."""
+    return float(np.max(np.abs(x), initial=0.0))
+
+
+def typical(x: np.ndarray) -> float:
+    """The root mean square: for what an optimizer has divided by its own noise, where single entries are arbitrary."""
+    return float(np.sqrt(np.mean(np.square(x, dtype=np.float64)))) if x.size else 0.0
+
+
+NORMS = {"loss": largest, "gradient": largest, "parameter": typical, "optimizer": typical}
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What an array may be off by: built from one device in the working precision and in double."""
+
+    terms: int
+    """Elements that the longest sum runs over."""
+    double: bool = False
+    """Whether the split computes in double precision too."""
+
+    def compare(
+        self,
+        kind: str,
+        found: Mapping[str, np.ndarray],
+        single: Mapping[str, np.ndarray],
+        exact: Mapping[str, np.ndarray],
+    ) -> list[Compared]:
+        """Every array of `found` against one device: `single` in the working precision, `exact` in double."""
+        norm = NORMS[kind]
+        floats = [p for p, x in exact.items() if np.issubdtype(x.dtype, np.floating)]
+        # An array that is nothing but rounding (the bias of a key, which a softmax does not see) has no scale of its own.
+        least = UNITS["float32"] * max((norm(exact[p]) for p in floats), default=0.0)
+        return [self._one(kind, p, found.get(p), single[p], exact[p], least) for p in exact]
+
+    def _one(
+        self,
+        kind: str,
+        path: str,
+        found: np.ndarray | None,
+        single: np.ndarray,
+        exact: np.ndarray,
+        least: float,
+    ) -> Compared:
+        if found is None or found.shape != exact.shape:
+            return Compared(kind, path, math.inf, 0.0, 0.0)
+        if not np.issubdtype(exact.dtype, np.floating):
+            return Compared(kind, path, float(np.any(found != exact)), 0.0, 1.0)
+        norm, scale = NORMS[kind], max(NORMS[kind](exact), least, 1e-300)
+        want = exact if self.double else single
+        wide = lambda x: x.astype(np.float64)
+        noise = norm(wide(single) - wide(exact)) / scale
+        unit = UNITS["float64" if self.double else "float32"]
+        if self.double:
+            noise *= UNITS["float64"] / UNITS["float32"]
+        error = norm(wide(found) - wide(want)) / scale
+        if not np.isfinite(found).all():
+            error = math.inf
+        return Compared(kind, path, error, max(MARGIN * noise, unit * math.sqrt(self.terms)), scale)

@@ -1,0 +1,140 @@
+"""Running a step a few times and keeping all that can be compared: losses, gradients, parameters, optimizer state."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sharding.step import TrainStep
+
+Leaves = dict[str, np.ndarray]
+
+
+class Copies(NamedTuple):
+    """What each device holds of one array where devices should hold the same: a leading dim for each of `axes`."""
+
+    axes: tuple[str, ...]
+    values: np.ndarray
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What some updates from one seed gave. Arrays are whole, on the host, by path."""
+
+    initial: Leaves
+    """Parameters before the first update."""
+    metrics: tuple[dict[str, float], ...]
+    """Loss, gradient norm and whatever else the step reports, an update each."""
+    gradients: Leaves
+    """Of the first update: means over the batch, before clipping, which would hide a common factor."""
+    params: Leaves
+    """After the last update."""
+    optimizer: Leaves
+    """Optimizer state after the last update, by its path in the tree."""
+    uneven: dict[str, Copies] = field(default_factory=dict)
+    """Arrays of which devices that ought to hold the same hold different values, by kind and path."""
+
+
+class Ready:
+    """A step compiled for a trial; compiling and running are apart so that one can go on while another runs."""
+
+    def __init__(self, step: TrainStep, rows: int, double: bool = False):
+        self.step, self.double = step, double
+        put = {
+            k: jax.ShapeDtypeStruct(
+                x.shape, widened(x.dtype) if double else x.dtype, sharding=step.batch_shardings()[k]
+            )
+            for k, x in step.abstract_batch(rows).items()
+        }
+        with jax.enable_x64(double):
+            self.state = step.abstract_state()
+            made = jax.jit(step.updated, donate_argnums=0, out_shardings=(step.state_shardings(), None, None))
+            self.update = made.lower(self.state, put).compile(compiler_options=_options(step))
+
+    def run(
+        self, seed: int, batches: Sequence[Mapping[str, np.ndarray]], initial: Leaves | None = None
+    ) -> Trial:
+        """One update a batch from the parameters of `seed`, or from `initial`; batches are whole, on the host."""
+        with jax.enable_x64(self.double):
+            begun = self.step.init(seed) if initial is None else self.step.begin(initial)
+            state = jax.tree.map(lambda x, s: x.astype(s.dtype), begun, self.state)
+            initial = host(state["params"])
+            metrics, gradients = [], None
+            for batch in batches:
+                state, seen, grads = self.update(state, self._put(batch))
+                metrics.append(seen)
+                gradients = gradients if gradients is not None else grads
+            flat, _ = jax.tree_util.tree_flatten_with_path(state["optimizer"])
+            moments = {jax.tree_util.keystr(k): x for k, x in flat}
+            values = tuple({k: float(v) for k, v in seen.items()} for seen in metrics)
+            clipped = min(1.0, self.step.clip / max(values[0]["grad_norm"], 1e-12))
+            parts = {"gradient": gradients or {}, "parameter": state["params"], "optimizer": moments}
+            return Trial(
+                initial,
+                values,
+                {p: g / g.dtype.type(clipped) for p, g in host(gradients or {}).items()},
+                host(state["params"]),
+                host(moments),
+                {
+                    f"{kind} {p}": c
+                    for kind, leaves in parts.items()
+                    for p, x in leaves.items()
+                    if (c := copies(x))
+                },
+            )
+
+    def _put(self, batch: Mapping[str, np.ndarray]) -> dict[str, Any]:
+        lies = self.step.batch_shardings()
+        arrays = {k: x.astype(widened(x.dtype)) if self.double else x for k, x in batch.items()}
+        return {
+            k: jnp.asarray(x) if lies[k] is None else jax.device_put(x, lies[k]) for k, x in arrays.items()
+        }
+
+
+def _options(step: TrainStep) -> dict[str, Any]:
+    """On CPU a program is generated as one module: several are compiled at a time, and splitting each costs a fifth."""
+    return {"xla_cpu_parallel_codegen_split_count": 1} if step.split.target() == "cpu" else {}
+
+
+def widened(dtype: Any) -> Any:
+    """float64 for a floating dtype, any other as it is."""
+    return np.dtype(np.float64) if jnp.issubdtype(dtype, jnp.floating) else np.dtype(dtype)
+
+
+def host(leaves: Mapping[str, Any]) -> Leaves:
+    """Arrays whole on the host, bfloat16 as float32."""
+    out = {}
+    for path, x in leaves.items():
+        x = jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x
+        array = np.asarray(x)
+        out[path] = array.astype(np.float32) if array.dtype == jnp.bfloat16 else array
+    return out
+
+
+def copies(x: jax.Array) -> Copies | None:
+    """What each device holds of an array, where devices that hold the same part of it differ; else None.
+
+    XLA trusts a program that says that an array is replicated; nothing but its shards shows that it is not.
+    """
+    seen: dict[str, np.ndarray] = {}
+    pairs = [
+        (seen.setdefault(str(s.index), np.asarray(s.data)), np.asarray(s.data)) for s in x.addressable_shards
+    ]
+    if all(np.array_equal(a, b, equal_nan=jnp.issubdtype(x.dtype, jnp.inexact)) for a, b in pairs):
+        return None
+    mesh, spec = x.sharding.mesh, x.sharding.spec  # pyright: ignore[reportAttributeAccessIssue]
+    used = {a for dim in spec if dim is not None for a in (dim if isinstance(dim, tuple) else (dim,))}
+    axes = tuple(a for a, n in mesh.shape.items() if n > 1 and a not in used)
+    values = np.zeros(
+        (*(mesh.shape[a] for a in axes), *x.shape), np.asarray(x.addressable_shards[0].data).dtype
+    )
+    for shard in x.addressable_shards:
+        (place,) = np.argwhere(mesh.devices == shard.device)
+        at = dict(zip(mesh.axis_names, place, strict=True))
+        values[(*(int(at[a]) for a in axes), *shard.index)] = np.asarray(shard.data)
+    return Copies(axes, values)

@@ -1,0 +1,148 @@
+"""Every tensor that a step's named ops produce, and its gradient, whole: what tells where two computations part.
+
+The forward pass runs with a listener at every named op. To each result it adds a zero; the gradient with respect to that
+zero is the gradient with respect to the result. Layers are unrolled and nothing is rematerialized meanwhile.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.sharding import NamedSharding, PartitionSpec
+
+from sharding.layout import Layout
+from sharding.params import bind
+from sharding.partitioner import Manual
+from sharding.proof.trial import copies, host, widened
+from sharding.region import Tap, enter
+from sharding.relayout import vary, varying
+from sharding.step import TrainStep
+
+
+@dataclass(frozen=True)
+class Seen:
+    """One tensor of a forward pass and its gradient, whole, on the host.
+
+    `replicas` names the axes along which devices should hold the same, but nothing in the types says that they do; the
+    value then has a leading dim for each, in that order, with what each device holds.
+    """
+
+    tap: Tap
+    layout: Layout
+    value: np.ndarray
+    gradient: np.ndarray | None
+    """Of the summed loss; None for a tensor of integers."""
+    replicas: tuple[str, ...] = ()
+
+    @property
+    def title(self) -> str:
+        """`layer 3, attention (models/transformer.py:31)` without the folder of the file."""
+        place = f"{self.tap.scope}, " if self.tap.scope else ""
+        return f"{place}{self.tap.op} ({self.tap.source})"
+
+
+def witness(
+    step: TrainStep, params: Mapping[str, np.ndarray], batch: Mapping[str, np.ndarray], double: bool = False
+) -> list[Seen]:
+    """Every tensor of the step's forward pass from whole parameters and a whole batch, in program order."""
+    with jax.enable_x64(double):
+        wide = lambda x: x.astype(widened(x.dtype)) if double else x
+        put = lambda x, s: jnp.asarray(wide(x)) if s is None else jax.device_put(wide(x), s)
+        rest = {p: step.sharding(lies.param) for p, lies in step.layouts.items()}
+        held = {p: put(params[p], rest[p]) for p in step.layouts}
+        rows = {k: put(x, step.batch_shardings()[k]) for k, x in batch.items()}
+        return _Listening(step, held, rows).run()
+
+
+class _Listening:
+    """Two traces of one forward pass: the first finds what there is to hear, the second returns it."""
+
+    def __init__(self, step: TrainStep, params: dict[str, Any], batch: dict[str, Any]):
+        self.step, self.params, self.batch = step, params, batch
+        self.manual = isinstance(step.split.partitioner, Manual) and step.split.mesh is not None
+        self.heard: list[tuple[Tap, Layout, tuple[str, ...], Any]] = []
+
+    def run(self) -> list[Seen]:
+        self._find()
+        zeros = [self._zero(layout, shape) for _, layout, _, shape in self.heard]
+        values, gradients = jax.jit(self._global)(self.params, self.batch, zeros)
+        out = []
+        for (tap, layout, replicas, _), value, gradient in zip(self.heard, values, gradients, strict=True):
+            told = None if self.manual or self.step.split.mesh is None else copies(value)
+            extra, whole = told or (replicas, value)
+            back = None if gradient is None else host({"": gradient})[""]
+            out.append(Seen(tap, layout, host({"": whole})[""], back, extra))
+        return out
+
+    def _find(self) -> None:
+        def note(tap: Tap, x: Array) -> Array:
+            layout = self.step.split.layouts.activation(tap.names)
+            extra = tuple(sorted(varying(x) - set(layout.axes))) if self.manual else ()
+            sizes = self.step.split.layouts.sizes
+            counts = [
+                int(np.prod([sizes[a] for a in dim], dtype=int)) if self.manual else 1 for dim in layout.dims
+            ]
+            shape = tuple(n * k for n, k in zip(x.shape, counts, strict=True))
+            self.heard.append((tap, layout, extra, jax.ShapeDtypeStruct(shape, x.dtype)))
+            return x
+
+        def forward(params: Any, batch: Any) -> Array:
+            with enter(self.step.region(listen=note)):
+                return bind(self.step.model, self._varied(params)).loss(dict(batch))["loss"]
+
+        jax.eval_shape(self._mapped(forward, PartitionSpec()), self.params, self.batch)
+
+    def _varied(self, params: dict[str, Array]) -> dict[str, Array]:
+        return {p: vary(w, self.step.token_axes) for p, w in params.items()} if self.manual else params
+
+    def _zero(self, layout: Layout, shape: Any) -> Any:
+        if not jnp.issubdtype(shape.dtype, jnp.inexact):
+            return None
+        mesh = self.step.split.mesh
+        lies = None if mesh is None else NamedSharding(mesh, layout.spec())
+        return jnp.zeros(shape.shape, shape.dtype, device=lies)
+
+    def _global(self, params: Any, batch: Any, zeros: list[Any]) -> tuple[list[Array], list[Array]]:
+        specs = [layout.spec() for _, layout, _, _ in self.heard]
+        stacked = [
+            PartitionSpec(*extra, *spec) for (_, _, extra, _), spec in zip(self.heard, specs, strict=True)
+        ]
+        given = [None if z is None else s for z, s in zip(zeros, specs, strict=True)]
+        return self._mapped(self._local, (stacked, given), given)(params, batch, zeros)
+
+    def _local(self, params: Any, batch: Any, zeros: list[Any]) -> tuple[list[Array], list[Array]]:
+        def loss(zeros: list[Any]) -> tuple[Array, list[Array]]:
+            values: list[Array] = []
+
+            def listen(tap: Tap, x: Array) -> Array:
+                zero = zeros[len(values)]
+                x = x if zero is None else x + zero
+                values.append(x)
+                return x
+
+            with enter(self.step.region(listen=listen)):
+                total = bind(self.step.model, self._varied(params)).loss(dict(batch))["loss"]
+            return total, values
+
+        gradients, values = jax.grad(loss, has_aux=True)(zeros)
+        # Each device's own value along the axes over which nothing proves that devices agree.
+        grown = [
+            x.reshape((1,) * len(extra) + x.shape)
+            for x, (_, _, extra, _) in zip(values, self.heard, strict=True)
+        ]
+        return grown, gradients
+
+    def _mapped(self, function: Any, out: Any, given: Any = None) -> Any:
+        if not self.manual:
+            return function
+        step = self.step
+        rest = {p: x.param.spec() for p, x in step.layouts.items()}
+        rows = {k: step.inputs[k].spec() for k in self.batch}
+        specs = (rest, rows) if given is None else (rest, rows, given)
+        return jax.shard_map(function, mesh=step.split.mesh, in_specs=specs, out_specs=out, check_vma=True)
