@@ -70,6 +70,7 @@ def verify(
     legal, outcomes = work.legal(asked)
     if not legal:
         raise InputError(f"None of the {len(asked)} meshes can be laid out. The first: {outcomes[0].refused}")
+    _own_stands(experiment, outcomes)
     work.rows = _rows(experiment, [step for _, step in legal])
     with _compiling(legal, work) as compiled:
         work.judge()  # while the first cases compile
@@ -78,6 +79,7 @@ def verify(
             told(outcomes[-1], at + 1, len(legal))
     if all(o.refused for o in outcomes):
         raise InputError(f"None of the {len(asked)} meshes can be used. The first: {outcomes[0].refused}")
+    _own_stands(experiment, outcomes)
     outcomes = work.explained(outcomes)
     order = {case: i for i, case in enumerate(asked)}
     outcomes.sort(key=lambda o: order[o.case])
@@ -89,23 +91,17 @@ class _Work:
     """What the cases of one verification share: data, one device's trials, the budget."""
 
     def __init__(self, experiment: Experiment, dataset: Dataset, found: Sequence[Any], steps: int, x64: bool):
-        self.experiment, self.dataset, self.found, self.steps, self.x64 = (
-            experiment,
-            dataset,
-            found,
-            steps,
-            x64,
-        )
+        self.experiment, self.dataset, self.found = experiment, dataset, found
+        self.steps, self.x64 = steps, x64
         self.rows = experiment.batch
         self.drawn: dict[MeshShape, Leaves] = {}
 
-    def step(self, case: Case, model: Any = None) -> TrainStep:
+    def step(self, case: Case) -> TrainStep:
         """The case's step on the first devices."""
-        e = replace(
-            self._wide() if self.x64 else self.experiment, mesh=case.mesh, partitioner=case.partitioner
-        )
-        count = math.prod(case.mesh.sizes().values())
-        return train_step(e, self.found[:count], doubled(e.model.build()) if self.x64 else model)
+        wide = self._wide() if self.x64 else self.experiment
+        e = replace(wide, mesh=case.mesh, partitioner=case.partitioner)
+        model = doubled(e.model.build()) if self.x64 else None
+        return train_step(e, self.found[: case.mesh.devices], model)
 
     def _wide(self) -> Experiment:
         """The experiment whose model computes in double, where it has a dtype to set."""
@@ -253,6 +249,13 @@ def _compiling(
         yield each()
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _own_stands(experiment: Experiment, outcomes: Sequence[Outcome]) -> None:
+    """Refuse a config whose own mesh and partitioner, the ones it trains with, were refused: others prove nothing of it."""
+    for o in outcomes:
+        if o.refused and (o.case.mesh, o.case.partitioner) == (experiment.mesh, experiment.partitioner):
+            raise InputError(f"The config's own split ({o.case.title}) is refused. {o.refused}")
 
 
 def _manual(experiment: Experiment) -> Manual:

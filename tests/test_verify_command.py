@@ -84,6 +84,10 @@ def test_the_model_mended_as_the_page_says_agrees(folder: Path, capsys: pytest.C
         (["--meshes", "dta=2"], "'dta', which does not exist \\(nearest: 'data'\\)"),
         (["--meshes", "data=3"], "None of the 2 meshes can be laid out.*does not divide"),
         (["--meshes", "data=2", "--devices", "1"], "asks for 2 devices"),
+        (
+            ["--batch", "12"],
+            "own split \\(data=8, manual\\) is refused. A batch of 12 rows does not divide into 8",
+        ),
         (["--partitioners", "none"], "--partitioners none cannot be read"),
         (["--rules", "nothing.py"], "nothing.py"),
     ],
