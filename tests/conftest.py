@@ -7,6 +7,7 @@ Each pytest-xdist worker loads this file too and so gets the same settings.
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 
 import hypothesis
@@ -25,6 +26,10 @@ SETTINGS = {
     "jax_persistent_cache_min_compile_time_secs": 0.1,
     "jax_persistent_cache_min_entry_size_bytes": -1,
 }
+
+# A job that a script starts in the background ignores Ctrl-C, and so would every process that a test starts and interrupts.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # What processes started by a test inherit. Promotion and the number of devices stay theirs to choose: they are the
 # product as a user starts it.
