@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import fields, replace
 from typing import Any
 
+import jax
 import numpy as np
 
 from experiments.assemble import one_device, train_step
@@ -100,8 +101,9 @@ class _Work:
         """The case's step on the first devices."""
         wide = self._wide() if self.x64 else self.experiment
         e = replace(wide, mesh=case.mesh, partitioner=case.partitioner)
-        model = doubled(e.model.build()) if self.x64 else None
-        return train_step(e, self.found[: case.mesh.devices], model)
+        with jax.enable_x64(self.x64):
+            model = doubled(e.model.build()) if self.x64 else None
+            return train_step(e, self.found[: case.mesh.devices], model)
 
     def _wide(self) -> Experiment:
         """The experiment whose model computes in double, where it has a dtype to set."""
@@ -124,7 +126,8 @@ class _Work:
         """Run one device in the working precision and in double."""
         self.batches = _batches(self.experiment, self.dataset, self.rows, self.steps)
         self.one, wide = one_device(self.experiment), self._wide()
-        self.two = one_device(wide, doubled(wide.model.build()))
+        with jax.enable_x64(True):
+            self.two = one_device(wide, doubled(wide.model.build()))
         self.single = Ready(self.one, self.rows).run(self.experiment.seed, self.batches)
         # The same start: a foreign model may draw other numbers in double.
         self.exact = Ready(self.two, self.rows, True).run(
