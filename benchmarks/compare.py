@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import statistics
 import sys
@@ -70,7 +69,7 @@ def experiment(split: str, sizes: Sizes) -> Any:
         model=TransformerConfig(**{name: getattr(sizes, name) for name in shared}),
         rules=rules,
         mesh=mesh,
-        devices=Devices("pretend", math.prod(mesh.sizes().values())),
+        devices=Devices("pretend", mesh.devices),
         batch=sizes.batch,
         steps=sizes.steps,
     )
@@ -115,7 +114,7 @@ def compare(split: str, rounds: int, sizes: Sizes) -> dict[str, Any]:
     from experiments.explanation import explain
     from experiments.peaks import peak
 
-    step, state, put = hand_written.build(split, sizes)  # type: ignore[arg-type]
+    step, state, put = hand_written.build(split, sizes)  # type: ignore[arg-type]  # checked when it was parsed
     batch = put(sample_batch(sizes))
     sides = {
         "hand_written": [step.lower(state, batch).compile(), state, batch],

@@ -150,7 +150,7 @@ class CheckpointStore:
         items = ocp.args.Composite(state=ocp.args.StandardSave(stored), meta=ocp.args.JsonSave(meta))
         try:
             self._orbax().save(step, args=items, force=True)
-        except Exception as error:
+        except Exception as error:  # Orbax raises what its stores raise, each their own kind
             raise self._failed(error) from error
         self._finished = self._background.submit(self._finish, step)
         return time.perf_counter() - start
@@ -161,7 +161,7 @@ class CheckpointStore:
             return
         try:
             self._finished.result()
-        except Exception as error:
+        except Exception as error:  # as above, from the thread that saved
             raise self._failed(error) from error
         self._saving = self._finished = None
 
@@ -271,7 +271,7 @@ class CheckpointStore:
             yield
         except InputError:
             raise
-        except Exception as error:
+        except Exception as error:  # as above
             raise InputError(
                 f"the checkpoint of step {step} in {self.folder} is sealed but cannot be read: "
                 f"{first_line(error)}. Restore another of its sealed steps: "

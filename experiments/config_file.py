@@ -79,7 +79,7 @@ def told(path: Path, module: ModuleType | None = None) -> Iterator[None]:
         line = f", line {error.lineno}: `{(error.text or '').strip()}`" if error.lineno else ""
         place = path if error.filename == str(path.resolve()) else error.filename or path
         raise InputError(f"{place}{line} is not Python: {error.msg}.") from error
-    except Exception as error:
+    except Exception as error:  # the file is its author's code: it may raise anything
         place = _place(error, path)
         if isinstance(error, InputError):
             raise InputError(f"{place}: {error}") from error

@@ -14,7 +14,7 @@ from typing import Any, Literal
 from experiments.events import Events
 from experiments.progress import Progress, clock
 from experiments.records import Records
-from experiments.tables import human
+from sharding.finding import human
 
 SHORT = {"tokens": "tok/s", "examples": "examples/s"}
 """How the rate of a unit is printed."""

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from experiments.explanation import Explanation, Line
 from experiments.progress import terminal
+from sharding.finding import human
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -15,16 +16,6 @@ if TYPE_CHECKING:
 
 PIPED = 400
 """Columns when nobody's window limits them: every row stays one line, so that `| grep` finds whole lines."""
-
-
-def human(n: float, unit: str = "B", base: int = 1024) -> str:
-    """A number with a prefix: 3.1 MiB for bytes, 3.28 M for counts (base 1000)."""
-    prefixes = ["", "Ki", "Mi", "Gi", "Ti"] if base == 1024 else ["", "k", "M", "G", "T", "P"]
-    at = 0
-    while n >= base and at < len(prefixes) - 1:
-        n, at = n / base, at + 1
-    digits = f"{n:.0f}" if at == 0 and n == int(n) else f"{n:.3g}" if n < 100 else f"{n:.0f}"
-    return f"{digits} {prefixes[at]}{unit}".rstrip()
 
 
 def print_explanation(told: Explanation, full: bool = True) -> None:

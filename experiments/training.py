@@ -227,7 +227,8 @@ def _reporter(run: Run, records: Records, events: Events, show: Progress) -> Any
 
 
 def _introduce(run: Run, folder: Path, show: Progress) -> None:
-    from experiments.tables import human, print_explanation
+    from experiments.tables import print_explanation
+    from sharding.finding import human
 
     print_explanation(run.told, full=False)
     facts = run.dataset.facts

@@ -185,7 +185,7 @@ class _Work:
     def explained(self, outcomes: list[Outcome]) -> list[Outcome]:
         """The outcomes, with where it departs for the smallest departing mesh of each partitioner."""
         chosen: dict[Partitioner, Outcome] = {}
-        size = lambda o: math.prod(o.case.mesh.sizes().values())
+        size = lambda o: o.case.mesh.devices
         for o in outcomes:
             if o.departs and not o.failed:
                 old = chosen.get(o.case.partitioner)
@@ -229,7 +229,7 @@ def _compiling(
             ready = Ready(step, work.rows, work.x64)
             step.split.layouts.check_used()
             return ready
-        except Exception as error:
+        except Exception as error:  # jax and XLA fail in many kinds: this case's outcome, the others go on
             return error
 
     pool = ThreadPoolExecutor(COMPILERS)

@@ -82,7 +82,7 @@ def load(name: str) -> Source:
         )
     try:
         module = _import(path.resolve())
-    except Exception as error:
+    except Exception as error:  # the file is its author's code: it may raise anything
         raise _broken(path, error) from error
     globs = getattr(module, "RECORDS", None)
     sections = _sections(module.__doc__ or "")
@@ -145,7 +145,7 @@ def build(
             ) from None
         except RecordError:
             raise
-        except Exception as error:
+        except Exception as error:  # as above
             raise _broken(source.path, error) from error
     saved = tuple(_save(picture, Path(out), source.name, f) for f, picture in pictures.items())
     return Built(source.name, saved, files)

@@ -58,7 +58,7 @@ def traced(step: TrainStep, rows: int) -> Traced:
             local = jax.make_jaxpr(step.evaluation)(state["params"], batch)
         except InputError:
             raise
-        except Exception as error:
+        except Exception as error:  # its author's code, and jax's where shapes do not fit: of any kind
             refuse_failed(error, forward, taps, step.split.layouts)
             raise
         check_plain(forward, local)

@@ -52,13 +52,11 @@ class Limits:
     """Part of a device's FLOPs in one step that repeat another device's."""
 
 
-def size(n: float, base: int = 1024) -> str:
-    """A number of bytes with a prefix (`3.1 MiB`), or with base 1000 of FLOPs (`3.1 GFLOP`)."""
-    prefixes, unit = (
-        (["", "Ki", "Mi", "Gi", "Ti"], "B") if base == 1024 else (["", "k", "M", "G", "T", "P"], "FLOP")
-    )
+def human(n: float, unit: str = "B", base: int = 1024) -> str:
+    """A number with a prefix: `3.1 MiB` for bytes, `3.28 M` for counts and `3.1 GFLOP` for work (base 1000)."""
+    prefixes = ["", "Ki", "Mi", "Gi", "Ti"] if base == 1024 else ["", "k", "M", "G", "T", "P"]
     at = 0
     while n >= base and at < len(prefixes) - 1:
         n, at = n / base, at + 1
-    digits = f"{n:.0f}" if at == 0 or n >= 100 else f"{n:.3g}"
-    return f"{digits} {prefixes[at]}{unit}"
+    digits = f"{n:.0f}" if n >= 100 or (at == 0 and n == int(n)) else f"{n:.3g}"
+    return f"{digits} {prefixes[at]}{unit}".rstrip()

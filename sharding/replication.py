@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from sharding.axes import PLACES
 from sharding.errors import InputError
-from sharding.finding import Finding, Limits, size
+from sharding.finding import Finding, Limits, human
 from sharding.layout import Layouts, ParamLayouts, local_shape
 from sharding.rule import PARAM_ROLES, Ask, Rule, Split
 
@@ -70,7 +70,7 @@ class _Case:
         says = (
             f"{self.path} ({'x'.join(map(str, self.array.shape))}: {' '.join(self.lies.param.names)}) stays whole over "
             f"{axis} = {n}: rule {self.rule.call} ({self.rule.source}) {why}. Its {what} take{'s' * (len(held) == 1)} "
-            f"{size(has)} on each device where {size(needs)} would do."
+            f"{human(has)} on each device where {human(needs)} would do."
         )
         return Finding(
             "replicated array", "warning", self.path, (axis,), (self.rule.call,), (self.rule.source,),

@@ -6,7 +6,7 @@ import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 
-from sharding.finding import Finding, Limits, size
+from sharding.finding import Finding, Limits, human
 from sharding.flow import Flow, Move, Product
 from sharding.layout import Dims, Layouts
 from sharding.ledger import sent_bytes
@@ -58,8 +58,8 @@ def wasteful_moves(flow: Flow, layouts: Layouts, limits: Limits) -> Iterator[Fin
         times = {m.kind: sum(x.times for _, x, _ in moves if x.kind == m.kind) for _, m, _ in moves}
         sends = " and ".join(f"{n} {kind}{'s' * (n > 1)}" for kind, n in times.items())
         says = (
-            f"{source} {op}: {_WHAT[why]} over {over}, which {by} uses: each device sends {size(has)} in {sends} of a step "
-            f"where {size(needs)} would do."
+            f"{source} {op}: {_WHAT[why]} over {over}, which {by} uses: each device sends {human(has)} in {sends} of a step "
+            f"where {human(needs)} would do."
         )
         yield Finding(
             "wasteful move",
@@ -143,7 +143,7 @@ def repeated_work(flow: Flow, layouts: Layouts, taps: Sequence[Tap], limits: Lim
         if has == total:
             says = (
                 f"{axis} = {n}: {by} splits no product of the step over it. All {n} devices compute the same "
-                f"{size(has, 1000)} of each step."
+                f"{human(has, 'FLOP', 1000)} of each step."
             )
             change = (
                 f"Split the batch over it with a rule such as Rule(activation={{'batch': also({axis!r})}}), or set mesh axis "
@@ -152,8 +152,9 @@ def repeated_work(flow: Flow, layouts: Layouts, taps: Sequence[Tap], limits: Lim
             kind, severity = "idle axis", "error"
         else:
             says = (
-                f"{next(iter(lines))}: each of the {n} devices of {axis} computes the same {size(has, 1000)} of a step, "
-                f"{share} of its products{among}. There {by} leaves no dim split over {axis}."
+                f"{next(iter(lines))}: each of the {n} devices of {axis} computes the same "
+                f"{human(has, 'FLOP', 1000)} of a step, {share} of its products{among}. "
+                f"There {by} leaves no dim split over {axis}."
             )
             change = _split_change(axis, n, next(iter(lines)), layouts, taps)
             kind, severity = "repeated work", "warning"

@@ -142,7 +142,7 @@ def make_step(
     """A step that remembers its gradients, on the first devices; without `mesh`, plain jax.numpy on one device."""
     shape = mesh or MeshShape()
     layouts = Layouts(rules, shape.sizes())
-    count = int(np.prod(list(shape.sizes().values())))
+    count = shape.devices
     devices = None if mesh is None else device_mesh(shape, jax.devices()[:count])
     split = Split(layouts, devices, Auto() if mesh is None else partitioner, accumulate)
     built = config.build() if model is None else model

@@ -2,46 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import pytest
-from flax import nnx
 from jax import lax
 
 from sharding.check import check
 from sharding.errors import InputError
-from sharding.ops import back, cross_entropy, einsum, whole
-from sharding.params import Entry, normal, param
+from sharding.ops import back, whole
 from sharding.partitioner import Auto
 from sharding.rule import Rule, Rules, rule
 from sharding.rules.data import data
 from sharding.rules.tensor import tensor
-from tests.checked import WIDE, found, inside, line_of, step_of
-
-
-class Plain(nnx.Module):
-    """A model whose author picks positions of hidden features with plain jax."""
-
-    def __init__(self, how: str):
-        self.how = how
-        self.inputs = {
-            "features": Entry("batch features", (8,), "float32"),
-            "labels": Entry("batch", (), "int32"),
-            "weights": Entry("batch", (), "float32"),
-        }
-        self.up = param("features mlp", (8, 16), normal(1.0))
-        self.down = param("mlp classes", (16, 4), normal(1.0))
-
-    def loss(self, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
-        """Global sums."""
-        h = einsum("batch features, features mlp -> batch mlp", batch["features"], self.up)
-        h = HOW[self.how](h)
-        logits = einsum("batch mlp, mlp classes -> batch classes", h, self.down)
-        nats = cross_entropy(logits, batch["labels"], "batch classes")
-        return {"loss": einsum("batch ->", nats), "weight": einsum("batch ->", batch["weights"])}
+from tests.checked import WIDE, PlainConfig, found, inside, line_of, step_of
 
 
 def _brought_together(h: jax.Array) -> jax.Array:
@@ -77,32 +53,21 @@ CLEAN: dict[str, Any] = {
 HOW |= CLEAN
 
 
-@dataclass(frozen=True)
-class PlainConfig:
-    """Its config."""
-
-    how: str
-
-    def build(self) -> Plain:
-        """The model."""
-        return Plain(self.how)
-
-
 @pytest.mark.parametrize("how", [h for h in HOW if h not in CLEAN])
 def test_plain_jax_that_takes_positions_of_a_split_dim_is_refused(how: str) -> None:
     line = HOW[how].__code__.co_firstlineno
     with pytest.raises(InputError, match=rf"test_check_plain\.py:{line}: plain jax") as caught:
-        found(data() | tensor(), PlainConfig(how), data=2, tensor=2)
+        found(data() | tensor(), PlainConfig(HOW[how]), data=2, tensor=2)
     assert " 16 " in str(caught.value) or "mlp = 16" in str(caught.value) or how == "rows"
     unsplit, mesh = (Rules(), {}) if how == "rows" else (data(), {"data": 4})
-    assert inside(lambda: check(step_of(unsplit, PlainConfig(how), **mesh), 16)) == ()
-    alone = step_of(data() | tensor(), PlainConfig(how), Auto(), data=2, tensor=2)
+    assert inside(lambda: check(step_of(unsplit, PlainConfig(HOW[how]), **mesh), 16)) == ()
+    alone = step_of(data() | tensor(), PlainConfig(HOW[how]), Auto(), data=2, tensor=2)
     assert inside(lambda: check(alone, 16)) == (), "XLA's partitioner sees whole arrays"
 
 
 @pytest.mark.parametrize("how", CLEAN)
 def test_plain_jax_that_takes_no_positions_is_left_alone(how: str) -> None:
-    assert found(data() | tensor(), PlainConfig(how), data=2, tensor=2) == []
+    assert found(data() | tensor(), PlainConfig(HOW[how]), data=2, tensor=2) == []
 
 
 @rule

@@ -19,7 +19,7 @@ from experiments import assemble, cli
 from experiments.config import Experiment, load
 from experiments.explanation import explain, explain_step
 from experiments.overrides import apply
-from experiments.tables import human
+from sharding.finding import human
 from sharding.partitioner import Auto
 from tests.small import ROOT
 

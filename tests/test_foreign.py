@@ -297,7 +297,7 @@ def test_a_loss_that_returns_no_sums_is_refused(what: str) -> None:
 def experiment(model: Any, rules: Rules, **mesh: int) -> Experiment:
     """The Linen config with another model, rules and mesh."""
     shape = MeshShape(**mesh)
-    devices = Devices("pretend", int(np.prod(list(shape.sizes().values()))))
+    devices = Devices("pretend", shape.devices)
     return replace(foreign_linen.config(), model=model, rules=rules, mesh=shape, batch=16, devices=devices)
 
 

@@ -39,6 +39,7 @@ from sharding.rules.sequence import sequence
 from sharding.rules.tensor import tensor
 from sharding.rules.zero1 import zero1
 from sharding.rules.zero2 import zero2
+from tests.faults import other_block, reduced_twice
 from tests.support import (
     assert_same,
     batches,
@@ -332,19 +333,6 @@ def test_a_forgotten_reduction_is_an_error_of_types_before_anything_runs(
         jax.make_jaxpr(step.update)(step.abstract_state(), step.abstract_batch(16))
 
 
-def _twice(self: Any, path: str, g: Any) -> Any:
-    over = tuple(sorted(self._partial(g, self.layouts[path].gradient)))
-    return lax.psum(vary(lax.psum(g, over), frozenset(over)), over) if over else g
-
-
-def _other_block(x: Any, dim: int, axes: tuple[str, ...]) -> Any:
-    if not axes:
-        return x
-    size = x.shape[dim] // lax.axis_size(axes)
-    last = lax.axis_size(axes) - 1 - lax.axis_index(axes)
-    return lax.dynamic_slice_in_dim(vary(x, frozenset(axes)), last * size, size, dim)
-
-
 def _own_weights(self: Any, sums: Any, norm: Any) -> Any:
     weight = sums["weight"] / 2 + 8.0  # a mean over rows, as if every shard weighed the same
     means = {name: total / weight for name, total in sums.items() if name != "weight"}
@@ -352,12 +340,12 @@ def _own_weights(self: Any, sums: Any, norm: Any) -> Any:
 
 
 WRONG: dict[str, tuple[str, Any, str, Callable[..., Any], Rules]] = {
-    "gradients reduced twice": ("mlp", sharding.step.TrainStep, "_reduce", _twice, PLANT[0]),
+    "gradients reduced twice": ("mlp", sharding.step.TrainStep, "_reduce", reduced_twice, PLANT[0]),
     "blocks taken in another order": (
         "mlp",
         sharding.relayout,
         "_slice",
-        _other_block,
+        other_block,
         zero1() | fsdp() | tensor(),
     ),
     "a mean over shards of unequal weight": (

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from flax import nnx
 
 from configs import quickstart
 from experiments.config import Devices, Experiment
@@ -21,8 +20,6 @@ from sharding.axes import MeshShape
 from sharding.errors import InputError
 from sharding.layout import Layouts
 from sharding.mesh import device_mesh
-from sharding.ops import cross_entropy, einsum
-from sharding.params import Entry, normal, param
 from sharding.partitioner import Auto, Manual
 from sharding.rule import Rule, Rules, Split, first_dim, rule
 from sharding.rules.data import data
@@ -32,6 +29,7 @@ from sharding.rules.sequence import sequence
 from sharding.rules.tensor import tensor
 from sharding.step import Split as StepSplit
 from sharding.step import TrainStep
+from tests.checked import PlainConfig
 
 SMALL = TransformerConfig(vocab=32, layers=2, embed=16, heads=4, kv_heads=2, head_dim=4, mlp=32, length=16)
 
@@ -39,63 +37,35 @@ SMALL = TransformerConfig(vocab=32, layers=2, embed=16, heads=4, kv_heads=2, hea
 def experiment(rules: Rules, model: Any = SMALL, **mesh: int) -> Experiment:
     """The quickstart with a small model, these rules and this mesh."""
     shape = MeshShape(**mesh)
-    count = int(np.prod(list(shape.sizes().values())))
+    count = shape.devices
     return replace(
         quickstart.config(), model=model, rules=rules, mesh=shape, batch=8, devices=Devices("pretend", count)
     )
 
 
-class Plain(nnx.Module):
-    """A model whose author normalizes hidden features, or the batch, with plain jax."""
-
-    def __init__(self, how: str):
-        self.how = how
-        self.inputs = {
-            "features": Entry("batch features", (8,), "float32"),
-            "labels": Entry("batch", (), "int32"),
-            "weights": Entry("batch", (), "float32"),
-        }
-        self.up = param("features mlp", (8, 16), normal(1.0))
-        self.down = param("mlp classes", (16, 4), normal(1.0))
-
-    def loss(self, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
-        """Global sums."""
-        h = einsum("batch features, features mlp -> batch mlp", batch["features"], self.up)
-        h = {
-            "softmax": lambda: jax.nn.softmax(h, axis=-1),
-            "batch mean": lambda: h - jnp.mean(h, axis=0, keepdims=True),
-            "relu": lambda: jax.nn.relu(h),
-        }[self.how]()
-        logits = einsum("batch mlp, mlp classes -> batch classes", h, self.down)
-        nats = cross_entropy(logits, batch["labels"], "batch classes")
-        return {"loss": einsum("batch ->", nats), "weight": einsum("batch ->", batch["weights"])}
-
-
-@dataclass(frozen=True)
-class PlainConfig:
-    """Its config."""
-
-    how: str
-
-    def build(self) -> Plain:
-        """The model."""
-        return Plain(self.how)
+HOW: dict[str, Any] = {
+    "softmax": lambda h: jax.nn.softmax(h, axis=-1),
+    "batch mean": lambda h: h - jnp.mean(h, axis=0, keepdims=True),
+    "relu": jax.nn.relu,
+}
 
 
 @pytest.mark.parametrize(("how", "over"), [("softmax", "8 elements"), ("batch mean", "4 elements")])
 def test_plain_jax_over_a_split_dim_is_refused(how: str, over: str) -> None:
     with pytest.raises(InputError, match=r"test_plain\.py:\d+: plain jax") as caught:
-        explain(experiment(data() | tensor(), PlainConfig(how), data=2, tensor=2), 4)
+        explain(experiment(data() | tensor(), PlainConfig(HOW[how]), data=2, tensor=2), 4)
     assert over.split()[0] in str(caught.value)
 
 
 def test_plain_jax_where_nothing_is_split_is_left_alone() -> None:
-    explain(experiment(data() | tensor(), PlainConfig("relu"), data=2, tensor=2), 4)
+    explain(experiment(data() | tensor(), PlainConfig(HOW["relu"]), data=2, tensor=2), 4)
     explain(
-        experiment(data(), PlainConfig("softmax"), data=4), 4
+        experiment(data(), PlainConfig(HOW["softmax"]), data=4), 4
     )  # the batch is split, the reduced dim is not
     explain(
-        replace(experiment(data() | tensor(), PlainConfig("softmax"), data=2, tensor=2), partitioner=Auto()),
+        replace(
+            experiment(data() | tensor(), PlainConfig(HOW["softmax"]), data=2, tensor=2), partitioner=Auto()
+        ),
         4,
     )
 

@@ -30,11 +30,11 @@ from sharding.foreign import Foreign
 from sharding.ops import einsum, rms_norm
 from sharding.partitioner import Auto, Manual, Partitioner
 from sharding.region import current
-from sharding.relayout import vary
 from sharding.rule import Rules
 from sharding.rules.data import data
 from sharding.rules.tensor import tensor
 from sharding.rules.zero1 import zero1
+from tests.faults import other_block, reduced_twice
 from tests.support import custom, shrunk
 
 DATA = MeshShape(data=2)
@@ -231,19 +231,6 @@ def test_a_gradient_that_is_not_reduced_is_seen_by_what_each_device_holds(opened
     assert "a missing reduction over data: each device holds its own part" in outcome.departure.looks
 
 
-def _twice(self: Any, path: str, g: Any) -> Any:
-    over = tuple(sorted(self._partial(g, self.layouts[path].gradient)))
-    return lax.psum(vary(lax.psum(g, over), frozenset(over)), over) if over else g
-
-
-def _other_block(x: Any, dim: int, axes: tuple[str, ...]) -> Any:
-    if not axes:
-        return x
-    size = x.shape[dim] // lax.axis_size(axes)
-    last = lax.axis_size(axes) - 1 - lax.axis_index(axes)
-    return lax.dynamic_slice_in_dim(vary(x, frozenset(axes)), last * size, size, dim)
-
-
 def _same_heads(q: Array, kv: Array, axes: tuple[str, ...]) -> Array:
     group = q.shape[2] * lax.axis_size(axes) // kv.shape[2]
     return jnp.take(kv, jnp.arange(q.shape[2], dtype=jnp.int32) // group, axis=2)
@@ -270,13 +257,13 @@ FAULTS = {
         "gradient",
         "the gradient of ",
         "2 times too large, the size of data: reduced once too often",
-        patch=(sharding.step.TrainStep, "_reduce", _twice),
+        patch=(sharding.step.TrainStep, "_reduce", reduced_twice),
     ),
     "blocks of the gradient exchanged": Fault(
         "gradient",
         "the gradient of ",
         "a permutation along .* in |a permutation along",
-        patch=(sharding.relayout, "_slice", _other_block),
+        patch=(sharding.relayout, "_slice", other_block),
         rules=zero1(),
     ),
     "a mis-sliced head": Fault(

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from experiments.tables import human
+from sharding.finding import human
 
 Axes = tuple[str, ...]
 

@@ -26,8 +26,6 @@ MARGIN = 16.0
 """Times the rounding of one device that a split may differ by: two roundings, each a few deviations from its mean."""
 UNITS = {"float32": 2.0**-24, "float64": 2.0**-53}
 """Unit roundoff of the precision that sums are taken in."""
-
-
 MOST = {"float32": 1e-2, "bfloat16": 0.5}
 """Rounding of one device, relative to an array's scale, above which it is no rounding: a budget made of it would pass
 anything."""
