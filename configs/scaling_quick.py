@@ -3,10 +3,10 @@
 Claim:    split by data, fsdp or tensor, one training step computes the same numbers; on devices that share the same
           cores it costs what the splitting costs, and nothing gets faster.
 Command:  shardlab sweep configs/scaling_quick.py
-Cost:     3 minutes on 2 CPU cores that had other work as well, 2 of them compiling (measured)
-Result:   losses of points with one batch agree to 5e-7 of their size at every update. In the third round of the
-          committed records, in which the step had the cores nearly to itself (1.7 to 1.9 of 2 busy), strong efficiency
-          at 2, 4, 8 devices is 100, 103, 93 % for data, 101, 94, 75 % for fsdp and 85, 75, 56 % for tensor (measured)
+Cost:     75 s on 2 CPU cores that had no other work, 44 of them compiling (measured)
+Result:   losses of points with one batch agree to 4.6e-7 of their size at every update. In the committed records, medians
+          of 3 rounds in which the steps had the cores to themselves, strong efficiency at 2, 4, 8 devices is 101, 104,
+          92 % for data, 103, 103, 94 % for fsdp and 101, 91, 75 % for tensor (measured)
 """
 
 from __future__ import annotations

@@ -27,10 +27,11 @@ class Processes:
     """This process, from 0."""
 
 
-def start(devices: Devices, processes: Processes | None = None) -> list[Any]:
+def start(devices: Devices, processes: Processes | None = None, keep_memory: bool = True) -> list[Any]:
     """Start jax's backend as asked for and return the run's devices, those of every process.
 
-    Pretend devices are CPU devices that share this machine's cores, split evenly over the processes. Raises InputError
+    Pretend devices are CPU devices that share this machine's cores, split evenly over the processes. keep_memory: they
+    keep a program's scratch memory from one run to the next, which pays where few programs run often. Raises InputError
     when more are asked for than are present, or when a backend with other devices has been started before.
     """
     processes = processes or Processes()
@@ -38,7 +39,7 @@ def start(devices: Devices, processes: Processes | None = None) -> list[Any]:
     import jax
 
     if devices.kind == "pretend":
-        _pretend(devices.count, processes.count)
+        _pretend(devices.count, processes.count, keep_memory)
     if processes.coordinator:
         _connect(processes, devices)
     found = jax.devices()
@@ -84,7 +85,7 @@ def _check(p: Processes, devices: Devices) -> None:
         )
 
 
-def _pretend(count: int, processes: int) -> None:
+def _pretend(count: int, processes: int, keep_memory: bool) -> None:
     import jax
 
     from experiments.malloc import keep_freed_memory
@@ -94,7 +95,8 @@ def _pretend(count: int, processes: int) -> None:
             f"{count} pretend devices cannot be split evenly over {processes} processes. Set devices.count to a "
             f"multiple of {processes}."
         )
-    keep_freed_memory()
+    if keep_memory:
+        keep_freed_memory()
     try:
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", max(count // processes, 1))

@@ -11,6 +11,7 @@ def keep_freed_memory() -> bool:
     XLA:CPU allocates a step's whole scratch memory afresh for every step. Above malloc's mmap threshold (32 MiB at
     most) each such block is mapped and zeroed page by page again: 140,000 page faults and a fifth of the processor time
     of a step with 550 MiB of scratch memory. Call it before the first array is made; it changes the whole process.
+    The threads that compile a program then wait for each other: one compilation takes a quarter longer on two cores.
     Elsewhere than on glibc it does nothing and returns False. (glibc manual, 3.2.3.9 Malloc Tunable Parameters.)
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)

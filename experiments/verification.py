@@ -33,8 +33,8 @@ from sharding.proof.meshes import axes_of, shapes
 from sharding.proof.trial import Leaves, Ready, Trial
 from sharding.step import TrainStep
 
-COMPILERS = 2
-"""Programs that are compiled at a time: running one leaves a core idle now and then."""
+AHEAD = 2
+"""Programs that are compiled before their turn comes: running one leaves a core idle now and then."""
 
 
 def cases(
@@ -232,12 +232,12 @@ def _compiling(
         except Exception as error:  # jax and XLA fail in many kinds: this case's outcome, the others go on
             return error
 
-    pool = ThreadPoolExecutor(COMPILERS)
+    pool = ThreadPoolExecutor(1)
     left = iter(legal)
     waiting: deque[tuple[Case, Future[Ready | BaseException]]] = deque()
 
     def ahead() -> None:
-        while len(waiting) < 2 * COMPILERS and (following := next(left, None)) is not None:
+        while len(waiting) < AHEAD and (following := next(left, None)) is not None:
             waiting.append((following[0], pool.submit(make, following[1])))
 
     def each() -> Iterator[tuple[Case, Ready | BaseException]]:

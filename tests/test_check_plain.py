@@ -90,4 +90,4 @@ def test_what_fails_in_the_package_itself_is_not_called_the_models_fault(
 ) -> None:
     monkeypatch.setattr("sharding.relayout.scatter_axes", None)
     with pytest.raises(TypeError, match="not callable"):
-        found(data() | tensor(), PlainConfig("elementwise"), data=2, tensor=2)
+        found(data() | tensor(), PlainConfig(HOW["elementwise"]), data=2, tensor=2)

@@ -53,7 +53,7 @@ def main(argv: list[str]) -> int:
     from sharding.partitioner import Auto, Manual
 
     began = time.perf_counter()
-    found = devices.start(experiment.devices)
+    found = devices.start(experiment.devices, keep_memory=False)  # each program runs a few times
     devices.cache_compilations(str(assemble.CACHE / "jax"))
     by = {"both": (), "auto": (Auto(),), "manual": (Manual(),)}[flags.partitioners]
     asked = cases(experiment, len(found), meshes, by)

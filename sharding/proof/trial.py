@@ -54,7 +54,7 @@ class Ready:
         with jax.enable_x64(double):
             self.state = step.abstract_state()
             made = jax.jit(step.updated, donate_argnums=0, out_shardings=(step.state_shardings(), None, None))
-            self.update = made.lower(self.state, put).compile(compiler_options=_options(step))
+            self.update = made.lower(self.state, put).compile()
 
     def run(
         self, seed: int, batches: Sequence[Mapping[str, np.ndarray]], initial: Leaves | None = None
@@ -94,11 +94,6 @@ class Ready:
         return {
             k: jnp.asarray(x) if lies[k] is None else jax.device_put(x, lies[k]) for k, x in arrays.items()
         }
-
-
-def _options(step: TrainStep) -> dict[str, Any]:
-    """On CPU a program is generated as one module: several are compiled at a time, and splitting each costs a fifth."""
-    return {"xla_cpu_parallel_codegen_split_count": 1} if step.split.target() == "cpu" else {}
 
 
 def widened(dtype: Any) -> Any:
