@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from itertools import takewhile
 
 import numpy as np
 
@@ -47,10 +48,9 @@ def bisect(
     """
     found = witness(split, params, batch, budget.double)
     ours, right = witness(single, params, batch), witness(exact, params, batch, double=True)
-    if not len(found) == len(ours) == len(right):
-        return None
     sizes = split.split.layouts.sizes
-    heard = list(zip(found, ours, right, strict=True))
+    # A model may ask how it is split and compute something else there: from that place on nothing is comparable.
+    heard = list(takewhile(_comparable, zip(found, ours, right, strict=False)))
     for f, s, r in heard:
         made = _departure("forward", f, f.value, s.value, r.value, sizes, budget, f.replicas)
         if made:
@@ -58,6 +58,11 @@ def bisect(
             back = None if f.layout.names else _backward(heard, sizes, budget)
             return made if back is None else replace(made, looks=f"{made.looks}; {back.what}: {back.looks}")
     return _backward(heard, sizes, budget)
+
+
+def _comparable(seen: tuple[Seen, Seen, Seen]) -> bool:
+    shapes = {s.value.shape[len(s.replicas) :] for s in seen}
+    return len(shapes) == 1 and len({s.title for s in seen}) == 1
 
 
 def _backward(
