@@ -2,8 +2,8 @@
 
 Claim:    one declaration, data() | fsdp() | tensor(), splits every array of a training run; the run learns real text.
 Command:  shardlab train configs/quickstart.py
-Cost:     2 min 19 s on 2 CPU cores that had other work as well, 1.9 GiB of memory (measured)
-Result:   2.68 bits per byte of held-out text; its bytes' frequencies alone give 4.45, xz 1.38 (measured)
+Cost:     1 min 23 s on 2 CPU cores, 1.9 GiB of memory (measured)
+Result:   2.68 bits per byte of held-out text; byte frequencies give 4.56 on the same text, xz 2.24 (measured)
 """
 
 from __future__ import annotations

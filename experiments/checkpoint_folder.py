@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -18,20 +19,20 @@ def sealed_steps(folder: str | os.PathLike[str]) -> list[int]:
     """The steps of a checkpoint folder whose seal holds, ascending; needs neither JAX nor leave to write.
 
     A seal holds where every file that it lists is there with its size: this finds what was cut off or
-    removed, and says nothing of bytes that changed in place.
+    removed. Bytes that changed in place are found by `damaged`, which reads them all.
     """
     named = [path for path in Path(folder).iterdir() if path.name.isdecimal()]
     return sorted(int(path.name) for path in named if not missing(path))
 
 
 def seal(path: Path, step: int) -> None:
-    """Make every file of the items under ``path`` durable, then write the seal of ``step`` listing them."""
+    """Make every file of the items under ``path`` durable, then write the seal of ``step`` with size and sha256 of each."""
     files = {}
     for item in ITEMS:
         for found in (path / item, *sorted((path / item).rglob("*"))):
             sync(found)
             if found.is_file():
-                files[str(found.relative_to(path))] = {"size": found.stat().st_size}
+                files[str(found.relative_to(path))] = {"size": found.stat().st_size, "sha256": _sha256(found)}
     draft = path / f"{SEAL}.draft"
     draft.write_text(json.dumps({"step": step, "files": files}, indent=1))
     sync(draft)
@@ -62,6 +63,22 @@ def missing(path: Path) -> str:
         if found != size:
             return f"{name} has {found} bytes instead of {size}"
     return ""
+
+
+def damaged(path: Path) -> str:
+    """Which file of the sealed step ``path`` has other bytes than were sealed; an empty string if none.
+
+    Orbax's array files carry no checksum: a flipped bit would be restored as another number.
+    """
+    for name, facts in json.loads((path / SEAL).read_text())["files"].items():
+        if _sha256(path / name) != facts.get("sha256"):
+            return f"{name} has other bytes than were sealed"
+    return ""
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def probe(folder: Path, process: int) -> None:

@@ -32,7 +32,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from experiments.checkpoint_folder import UNFINISHED, lock, missing, probe, seal, sealed_steps, sync
+from experiments.checkpoint_folder import UNFINISHED, damaged, lock, missing, probe, seal, sealed_steps, sync
 from experiments.checkpoint_orbax import first_line, manager
 from experiments.checkpoint_tidying import clear, retire, tidy
 from experiments.checkpoint_tree import (
@@ -189,6 +189,11 @@ class CheckpointStore:
             if step is None:
                 raise InputError(f"nothing to restore: {self.folder} holds no sealed checkpoint.")
         self._check_sealed(step)
+        if harm := damaged(self.folder / str(step)):
+            raise InputError(
+                f"step {step} of {self.folder} cannot be restored: {harm}, so its numbers would be others. "
+                f"{self._instead(step)}"
+            )
         import jax
         import orbax.checkpoint as ocp
 
@@ -274,9 +279,15 @@ class CheckpointStore:
         except Exception as error:  # as above
             raise InputError(
                 f"the checkpoint of step {step} in {self.folder} is sealed but cannot be read: "
-                f"{first_line(error)}. Restore another of its sealed steps: "
-                f"{[other for other in self.steps() if other != step]}."
+                f"{first_line(error)}. {self._instead(step)}"
             ) from error
+
+    def _instead(self, step: int) -> str:
+        """What to do without ``step``: its other sealed steps stand as they were."""
+        others = [other for other in self.steps() if other != step]
+        if not others:
+            return "It is the only sealed step: begin the run anew."
+        return f"Move the folder {self.folder / str(step)} away to go on from step {others[-1]} (sealed: {others})."
 
     def _failed(self, error: Exception) -> InputError:
         """The error of a save that did not come about; the next save starts with a fresh manager."""

@@ -15,6 +15,7 @@ import dataclasses
 import errno
 import importlib
 import importlib.metadata
+import io
 import itertools
 import os
 import platform
@@ -51,6 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     given = list(sys.argv[1:] if argv is None else argv)
     arguments = [word for word in given if word != "--debug"]
+    _show_what_can_be_shown()
     try:
         code = _run(arguments)
         sys.stdout.flush()
@@ -59,14 +61,39 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("shardlab: interrupted", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:
-        # The reader is gone (`| head`). What Python flushes at its end must not complain of it.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _print_no_more()  # the reader is gone (`| head`)
         return PIPE_CLOSED
-    except (InputError, RecordError) as error:
+    except (InputError, RecordError, OSError) as error:
         if len(arguments) != len(given):
             traceback.print_exc()
-        print(paragraph(f"shardlab: {error}"), file=sys.stderr)
+        text = _refused(error) if isinstance(error, OSError) else error
+        print(paragraph(f"shardlab: {text}"), file=sys.stderr)
         return BAD_INPUT
+
+
+def _show_what_can_be_shown() -> None:
+    """A terminal that cannot show a character shows `?`, and a closed standard output takes everything."""
+    if sys.stdout is None:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (it lives as long as the process)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+
+
+def _print_no_more() -> None:
+    """What Python flushes at its end must not fail again."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _refused(error: OSError) -> str:
+    """What the system refused, where nothing nearer said it better: a full disk, a name too long, no permission."""
+    if error.errno == errno.ENOSPC and error.filename is None:
+        _print_no_more()
+        return (
+            "standard output cannot be written (No space left on device). Free some room or print elsewhere."
+        )
+    name = f"{str(error.filename)[:200]!r} " if error.filename else ""
+    return f"the system refused {name}({error.strerror or error}). Give another path, or change what stands there."
 
 
 def read(argv: Sequence[str], flags: type[F]) -> tuple[Experiment, F, Origin]:

@@ -15,6 +15,7 @@ from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
 from experiments.config_file import LOADED, call, execute
 from experiments.data.contract import Source
+from experiments.field_types import check_types
 from experiments.optimizers import AdamW
 from sharding.axes import MeshShape
 from sharding.errors import InputError
@@ -50,11 +51,21 @@ class Optimizer(Protocol):
         ...
 
 
-def require(owner: str, name: str, value: object, least: int, meaning: str) -> None:
-    """Refuse, with `InputError`, a value that is not a whole number of at least `least`."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+MOST_SEEDS = 2**32
+"""Seeds there are: jax's key takes the lowest 32 bits of one, so that a larger seed would be another's twin."""
+
+MOST_STEPS = 2**31 - 2
+"""Steps a run can have: the optimizer and its schedule count them, and the one after them, in int32."""
+
+
+def require(
+    owner: str, name: str, value: object, least: int, meaning: str, most: float = math.inf, reason: str = ""
+) -> None:
+    """Refuse, with `InputError`, a value that is not a whole number from `least` to `most`; `reason`: why no more."""
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+        bounds = f"at least {least}" + ("" if most == math.inf else f" and at most {most}{reason}")
         raise InputError(
-            f"{owner}{name} is {value!r}, but {meaning} is a whole number of at least {least}. Change {owner}{name}."
+            f"{owner}{name} is {value!r}, but {meaning} is a whole number of {bounds}. Change {owner}{name}."
         )
 
 
@@ -182,9 +193,12 @@ class Experiment:
                     f"{_lacking(getattr(self, name), kinds)}. Change {name}."
                 )
         require("", "batch", self.batch, 1, "the global rows of one step")
-        require("", "steps", self.steps, 1, "the optimizer steps of the run")
+        require(
+            *("", "steps", self.steps, 1, "the optimizer steps of the run"),
+            *(MOST_STEPS, " (they are counted in 32 bits)"),
+        )
         require("", "accumulate", self.accumulate, 1, "the micro-batches of one step")
-        require("", "seed", self.seed, 0, "the seed")
+        require("", "seed", self.seed, 0, "the seed", MOST_SEEDS - 1, " (jax's random key takes 32 bits)")
         require("", "log_every", self.log_every, 1, "the steps between log lines")
         if self.batch % self.accumulate:
             raise InputError(
@@ -212,7 +226,7 @@ def load(path: str | Path) -> Experiment:
     """The experiment that the `config()` of a file returns. The file may lie anywhere, helpers beside it.
 
     Errors: `InputError`, in one paragraph with the line, for a missing file, no `config()`, a `config()` that raises,
-    and one that returns something else than an `Experiment`.
+    one that returns something else than an `Experiment`, and a field that is not of its annotation.
     """
     path = Path(path)
     value = call(execute(path), "config", path, example="def config() -> Experiment")
@@ -221,6 +235,7 @@ def load(path: str | Path) -> Experiment:
             f"config() in {path} returns {_article(value)}, but it must return an Experiment "
             f"(`from experiments.config import Experiment`). Is the `return` missing?"
         )
+    check_types(value, f"config() in {path}")
     return value
 
 

@@ -47,8 +47,8 @@ def execute(path: Path) -> ModuleType:
     module = ModuleType(name)
     module.__file__ = str(file)
     with told(path):
-        text = file.read_text(encoding="utf-8")
-        code = compile(text, str(file), "exec", dont_inherit=True)
+        # Its bytes, not its text: Python knows the encoding of a source, and says in a SyntaxError what is none.
+        code = compile(file.read_bytes(), str(file), "exec", dont_inherit=True)
         _make_importable(file)
         linecache.checkcache(str(file))
         sys.modules[name] = module  # dataclasses and tyro look up annotations there
@@ -95,7 +95,7 @@ def beside(path: Path) -> dict[str, Path]:
     folder, found, queue = path.resolve().parent, {}, [path.resolve()]
     while queue:
         file = queue.pop()
-        for name in _imported(ast.parse(file.read_text(encoding="utf-8"), str(file))):
+        for name in _imported(ast.parse(file.read_bytes(), str(file))):
             target = folder / name if (folder / name / "__init__.py").is_file() else folder / f"{name}.py"
             if name in found or not target.exists() or _is_own(name):
                 continue
@@ -182,7 +182,8 @@ def _missing(path: Path) -> str:
 def _place(error: Exception, path: Path) -> str:
     """`FILE, line N: `text`` of the last line, in the file or a helper beside it, that the error came through."""
     file, helpers = path.resolve(), []
-    with contextlib.suppress(SyntaxError):
+    # What cannot be read may be just the error that is told here: then the file alone is named.
+    with contextlib.suppress(SyntaxError, ValueError, OSError):
         helpers = list(beside(path).values())
     for frame in reversed(traceback.extract_tb(error.__traceback__)):
         at = Path(frame.filename)

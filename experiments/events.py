@@ -1,7 +1,7 @@
 """Events: what happened to a run and when, in the format of records (``events.jsonl``).
 
 An event is a record of kind ``event``, measured, with the values {name, seconds, details}. The names in use:
-start, compile, first_step, save_begin, save_end, restore, signal, stall, end; a new one needs no declaration.
+start, compile, first_step, evaluate, save, save_wait, sample, stopped, end; a new one needs no declaration.
 Events carry their step in ``details``, so that none is superseded when a run is resumed: what happened,
 happened.
 """

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 LATE = 2
 """Steps that run ahead before the metrics of a step are read."""
+AHEAD = 8
+"""Steps that are queued at most: with hundreds of them waiting, XLA:CPU's collectives have stopped for ever."""
 
 
 @dataclass
@@ -53,7 +55,7 @@ def run(
     """Train from update `start` to `experiment.steps`; `state` is consumed (donated)."""
     import jax
 
-    e, pending, stopped, done = experiment, deque(), "", start
+    e, pending, queued, stopped, done = experiment, deque(), deque(), "", start
     single = jax.process_count() == 1
     shardings = step.batch_shardings()
 
@@ -67,6 +69,9 @@ def run(
         for at, batch in batches:
             state, metrics = step.step(state, batch)
             done = at + 1
+            queued.append(metrics)
+            if len(queued) > AHEAD:
+                jax.block_until_ready(queued.popleft())
             if done == start + 1:
                 report.first_step(metrics)
             if due(e.log_every, done):

@@ -45,7 +45,11 @@ class AdamW:
             )
         for name, holds, wanted in (
             ("peak", 0 < self.peak < math.inf, "above 0"),
-            ("warmup", self.warmup >= 0, "at least 0 steps"),
+            (
+                "warmup",
+                0 <= self.warmup < 2**31,
+                "at least 0 steps and below 2**31, since they are counted in 32 bits",
+            ),
             ("floor", 0 <= self.floor <= 1, "a fraction from 0 to 1"),
             ("b1", 0 <= self.b1 < 1, "at least 0 and below 1"),
             ("b2", 0 <= self.b2 < 1, "at least 0 and below 1"),

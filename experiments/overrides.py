@@ -16,10 +16,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, get_args, get_type_hints
 
 from experiments.config import Experiment
 from experiments.expressions import parse_partitioner, parse_rules, show_partitioner
+from experiments.field_types import words
 from sharding.errors import InputError
 from sharding.partitioner import Partitioner
 from sharding.rule import Rules
@@ -245,24 +246,4 @@ def _refused(group: Sequence[str], known: dict[str, Leaf]) -> str:
     leaf = known.get(plain(group[0])) if group[0].startswith("-") else None
     if leaf is None:
         return f"{asked!r} belongs to no flag; a value is given as --NAME VALUE"
-    return f"{asked} cannot be read: it takes {_words(leaf.type)} and is {leaf.now} now"
-
-
-def _words(annotation: Any) -> str:
-    """A type in words, for an error."""
-    names = {
-        int: "a whole number",
-        float: "a number",
-        str: "a text",
-        bool: "no value",
-        Path: "a path",
-        type(None): "None",
-    }
-    if get_origin(annotation) is Literal:
-        return f"one of {', '.join(map(str, get_args(annotation)))}"
-    if annotation in names:
-        return names[annotation]
-    if args := get_args(annotation):
-        joint = " or " if get_origin(annotation) not in (tuple, list) else ", "
-        return joint.join(_words(a) for a in args if a is not ...)
-    return getattr(annotation, "__name__", str(annotation))
+    return f"{asked} cannot be read: it takes {words(leaf.type, 'flag')} and is {leaf.now} now"

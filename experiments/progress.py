@@ -57,7 +57,7 @@ class Progress:
     def line(self, text: str, style: str = "") -> None:
         """Print one line; without markup, so that any text is shown as it is."""
         if self._shows:
-            self.console.print(text, style=style or None, markup=False)
+            self.console.print(text, style=style or None, markup=False, emoji=False)
             if not self._terminal:
                 sys.stdout.flush()
 

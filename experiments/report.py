@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,13 +21,15 @@ pre { background: #f5f5f2; padding: 1rem; overflow-x: auto; font-size: .85rem } 
 def write_report(
     folder: Path,
     experiment: Experiment,
-    facts: dict[str, Any],
+    facts: Mapping[str, Any],
+    text: Mapping[str, float],
     result: Any,
     unit: Literal["tokens", "examples"],
 ) -> Path:
     """Write report.html, and loss.svg and loss.png where matplotlib is installed, into the run's folder; its path.
 
-    `unit` is what losses are means over: bits per byte are told of tokens, nats of examples.
+    `facts` are of the data, `text` is what is known without a model of the text that was evaluated; `unit` is what
+    losses are means over: bits per byte are told of tokens, nats of examples.
     """
     from experiments.commands.figures import draw_run
     from experiments.record_schema import RecordError
@@ -39,8 +42,8 @@ def write_report(
     command = (folder / "command.txt").read_text() if (folder / "command.txt").exists() else ""
     heldout = {
         "held-out bits per byte, measured": _number(result.heldout_bits_per_byte),
-        "unigram bits per byte of the same text": _number(facts.get("unigram_bits_per_byte")),
-        "xz bits per byte of the same text": _number(facts.get("xz_bits_per_byte")),
+        "unigram bits per byte of the same text": _number(text.get("unigram_bits_per_byte")),
+        "xz bits per byte of the same text": _number(text.get("xz_bits_per_byte")),
     }
     if unit == "examples":
         heldout = {"held-out nats per example, measured": _number(result.heldout_loss)}

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from experiments.evaluate import bits_per_byte
 from experiments.events import Events
 from experiments.progress import Progress, clock
 from experiments.records import Records
@@ -18,6 +19,9 @@ from sharding.finding import human
 
 SHORT = {"tokens": "tok/s", "examples": "examples/s"}
 """How the rate of a unit is printed."""
+
+BLOCK = 4096
+"""Learning rates that are computed at once."""
 
 
 @dataclass(frozen=True)
@@ -32,37 +36,61 @@ class Work:
     unit: Literal["tokens", "examples"] = "tokens"
 
 
+class Rates:
+    """The learning rates of a run of `steps` steps, computed in blocks, each one block ahead of its first use: a rate
+    computed when it is asked for would queue behind the steps on an accelerator, and all of a long run do not fit.
+    """
+
+    def __init__(self, schedule: Callable[[Any], Any], steps: int):
+        import jax
+        import jax.numpy as jnp
+
+        self._steps, self._size = steps, min(steps, BLOCK)
+        self._compute = jax.jit(lambda first: jax.vmap(schedule)(first + jnp.arange(self._size)))
+        self._blocks: dict[int, Any] = {}
+
+    def of(self, step: int) -> float:
+        """The rate of a step, counted from 0."""
+        import jax
+
+        first = step - step % self._size
+        wanted = [f for f in (first, first + self._size) if f < self._steps]
+        # What is dispatched for the block after this one is not waited for.
+        self._blocks = {f: self._blocks[f] if f in self._blocks else self._compute(f) for f in wanted}
+        self._blocks[first] = jax.device_get(self._blocks[first])
+        return float(self._blocks[first][step - first])
+
+
 class Reporter:
     """Prints, records and times a run of `steps` steps.
 
     Step times leave out the first step (it compiles), evaluations, and the part of a save that blocks the loop
-    (`aside`). `facts` are the dataset's, `schedule` gives the learning rate of a step counted from 0.
+    (`aside`). `text` is what is known without a model of the text that is evaluated, `schedule` gives the learning rate
+    of a step counted from 0.
     """
 
     def __init__(
         self,
         steps: int,
         work: Work,
-        facts: Mapping[str, Any],
+        text: Mapping[str, float],
         records: Records,
         events: Events,
         show: Progress,
         schedule: Callable[[Any], Any],
         device: Any,
     ):
-        import jax
-        import jax.numpy as jnp
-
-        self.steps, self.work, self.facts = steps, work, facts
+        self.steps, self.work, self.text = steps, work, text
         self.records, self.events, self.show = records, events, show
-        # All rates at once: a rate computed beside the steps would queue behind them on an accelerator.
-        self._rates = jax.device_get(jax.jit(jax.vmap(schedule))(jnp.arange(steps)))
+        self._rates = Rates(schedule, steps)
         self._device = device
         self._began = self._mark = time.perf_counter()
         self._aside, self._last, self._waited = 0.0, 0, 0.0
 
     def start(self, step: int) -> None:
         """`step` updates are done and the next is about to be compiled."""
+        if step < self.steps:
+            self._rates.of(step)  # before the steps that it would else wait for
         self._began = time.perf_counter()
         self._from(step)
         self.show.reached(step, "compiling")
@@ -111,7 +139,7 @@ class Reporter:
         self._from(last)
 
     def _step(self, step: int, metrics: dict[str, float], seconds: float | None, stalled: float) -> None:
-        rate, rss = float(self._rates[step - 1]), _peak_rss()
+        rate, rss = self._rates.of(step - 1), _peak_rss()
         memory, speed = self._memory(), None if seconds is None else self.work.count / seconds
         mfu = None if seconds is None or not self.work.peak else self.work.flops / seconds / self.work.peak
         record = {
@@ -140,17 +168,18 @@ class Reporter:
         self.show.reached(step, left)
 
     def evaluation(self, step: int, means: dict[str, float]) -> None:
-        """Print and record a held-out evaluation, beside what needs no model where the dataset knows it."""
+        """Print and record a held-out evaluation, beside what needs no model where that is known of the same text."""
+        means = means | bits_per_byte(means["loss"], self.text)
         self.records.write("eval", "measured", means, step=step)
         parts = [f"loss {means['loss']:.4f}"]
         if "bits_per_byte" in means:
             beside = [
-                f"{name} {self.facts[key]:.3f}"
+                f"{name} {self.text[key]:.3f}"
                 for name, key in (
                     ("byte frequencies", "unigram_bits_per_byte"),
                     ("xz", "xz_bits_per_byte"),
                 )
-                if self.facts.get(key)
+                if key in self.text
             ]
             parts += [
                 f"{means['bits_per_byte']:.3f} bits/byte" + (f" ({', '.join(beside)})" if beside else "")

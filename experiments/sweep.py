@@ -13,6 +13,7 @@ from typing import Literal
 
 from experiments.config import Experiment, require
 from experiments.config_file import call, execute
+from experiments.field_types import check_types
 from sharding.axes import MeshShape
 from sharding.errors import InputError
 from sharding.rule import Rules
@@ -117,6 +118,7 @@ def load(path: Path) -> Sweep:
     """The sweep that the `config()` of a file returns; `InputError`, one paragraph, for anything else."""
     value = call(execute(path), "config", path, example="def config() -> Sweep")
     if isinstance(value, Sweep):
+        check_types(value, f"config() in {path}")
         return value
     hint = f" An Experiment is run by `shardlab train {path}`." if isinstance(value, Experiment) else ""
     raise InputError(

@@ -7,7 +7,7 @@ import json
 import os
 import shlex
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
@@ -54,6 +54,7 @@ class Run:
     devices: Sequence[Any]
     step: TrainStep
     dataset: Dataset
+    text: Mapping[str, float]  # what is known without a model of the text that is evaluated
     told: Explanation
     process: int
     began: float
@@ -104,13 +105,16 @@ def _checked(experiment: Experiment, origin: Origin, processes: devices.Processe
     devices.cache_compilations(str(assemble.CACHE / "jax"))
     import jax
 
+    from experiments.evaluate import check_sample, evaluated
     from experiments.explanation import explain_step
 
     step = assemble.train_step(experiment, found)
     dataset = experiment.data.open(assemble.CACHE / "data")
     assemble.check_data(experiment, dataset, step)
+    check_sample(step, dataset, experiment.sample)
+    text = evaluated(dataset, experiment.batch, experiment.evaluate.batches)
     told = explain_step(experiment, step)
-    return Run(experiment, origin, found, step, dataset, told, jax.process_index(), began)
+    return Run(experiment, origin, found, step, dataset, text, told, jax.process_index(), began)
 
 
 def _run(run: Run, folder: Path, resumed: bool, show: Progress) -> Result:
@@ -201,6 +205,7 @@ def _header(run: Run, folder: Path, resumed: int | None) -> Header:
             "parameters": run.told.parameters,
             "bytes_per_device": run.told.bytes_per_device,
             "data": dict(run.dataset.facts),
+            "evaluated": dict(run.text),
             "cores": os.cpu_count(),
         },
         resumed_step=resumed,
@@ -223,7 +228,7 @@ def _reporter(run: Run, records: Records, events: Events, show: Progress) -> Any
     )
     schedule = run.experiment.optimizer.schedule(run.experiment.steps)
     mine = next(d for d in run.devices if d.process_index == run.process)
-    return Reporter(run.experiment.steps, work, run.dataset.facts, records, events, show, schedule, mine)
+    return Reporter(run.experiment.steps, work, run.text, records, events, show, schedule, mine)
 
 
 def _introduce(run: Run, folder: Path, show: Progress) -> None:
@@ -248,9 +253,9 @@ def _write_sample(run: Run, params: Any, folder: Path, events: Events, show: Pro
         e, length = run.experiment, run.step.abstract_batch(run.experiment.batch)["tokens"].shape[1]
         text = sample(run.step, params, run.dataset, e.sample, length, e.seed)
     if run.first:
+        (folder / "sample.txt").write_text(text, encoding="utf-8")  # first: who prints may find no reader
         show.line("sample:", "bold")
         show.line(text)
-        (folder / "sample.txt").write_text(text, encoding="utf-8")
     return text
 
 
@@ -279,7 +284,7 @@ def _leave(run: Run, folder: Path, result: Result, show: Progress) -> None:
     from experiments.report import write_report
 
     (folder / "result.json").write_text(json.dumps(asdict(result), indent=1) + "\n", encoding="utf-8")
-    report = write_report(folder, run.experiment, dict(run.dataset.facts), result, unit(run.dataset))
+    report = write_report(folder, run.experiment, run.dataset.facts, run.text, result, unit(run.dataset))
     show.line(f"report {_near(report)}")
     if result.stopped:
         at = _near(folder)

@@ -6,7 +6,6 @@ config -> one device in the working precision and in double (the budget) -> ever
 
 from __future__ import annotations
 
-import math
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -21,6 +20,7 @@ from experiments.assemble import one_device, train_step
 from experiments.config import Experiment
 from experiments.data.contract import Dataset
 from experiments.verified import Case, Outcome, Verified
+from experiments.verified_rows import batches, fewest_rows, indices_of
 from sharding.axes import MeshShape
 from sharding.errors import InputError
 from sharding.foreign import Foreign
@@ -28,7 +28,7 @@ from sharding.params import declare
 from sharding.partitioner import Auto, Manual, Partitioner
 from sharding.proof.bisect import Departure, bisect, of_leaf
 from sharding.proof.budget import MOST, Budget, Compared, largest
-from sharding.proof.double import doubled
+from sharding.proof.double import doubled, narrowed
 from sharding.proof.meshes import axes_of, shapes
 from sharding.proof.trial import Leaves, Ready, Trial
 from sharding.step import TrainStep
@@ -69,10 +69,15 @@ def verify(
     """
     work = _Work(experiment, dataset, found, steps, x64)
     legal, outcomes = work.legal(asked)
+    if not asked:
+        raise InputError(
+            f"There is no mesh to verify: on {len(found)} device(s) no axis that the rules {experiment.rules!r} speak "
+            f"of can have more than one. Give more devices (--devices 8), or rules that split something."
+        )
     if not legal:
         raise InputError(f"None of the {len(asked)} meshes can be laid out. The first: {outcomes[0].refused}")
     _own_stands(experiment, outcomes)
-    work.rows = _rows(experiment, [step for _, step in legal])
+    work.rows = fewest_rows(experiment, [step for _, step in legal])
     with _compiling(legal, work) as compiled:
         work.judge()  # while the first cases compile
         for at, (case, ready) in enumerate(compiled):
@@ -85,7 +90,8 @@ def verify(
     order = {case: i for i, case in enumerate(asked)}
     outcomes.sort(key=lambda o: order[o.case])
     terms, leaves = work.budget.terms, len(work.single.gradients)
-    return Verified(tuple(outcomes), steps, work.rows, terms, leaves, "float64" if x64 else "float32")
+    precision = "float64" if x64 else "float32"
+    return Verified(tuple(outcomes), steps, work.rows, terms, leaves, precision, work.budget.within)
 
 
 class _Work:
@@ -124,7 +130,9 @@ class _Work:
 
     def judge(self) -> None:
         """Run one device in the working precision and in double."""
-        self.batches = _batches(self.experiment, self.dataset, self.rows, self.steps)
+        self.batches = batches(
+            self.experiment, self.dataset, self.rows, self.steps, indices_of(self.experiment.model.build())
+        )
         self.one, wide = one_device(self.experiment), self._wide()
         with jax.enable_x64(True):
             self.two = one_device(wide, doubled(wide.model.build()))
@@ -133,12 +141,23 @@ class _Work:
         self.exact = Ready(self.two, self.rows, True).run(
             self.experiment.seed, self.batches, self.single.initial
         )
-        self.budget = Budget(self.batches[0]["weights"].size, self.x64)
+        self.budget = Budget(self.batches[0]["weights"].size, self.x64, narrowed(self.two, self.rows))
+        self._check_finite()
         self._check_rounding()
+
+    def _check_finite(self) -> None:
+        """Refuse a training that leaves the numbers: after that every split agrees with anything."""
+        bad = self.single.broken() or self.exact.broken()
+        if bad:
+            raise InputError(
+                f"{bad} of one device is not finite within {self.steps} updates, so there is nothing to compare with. Give a "
+                f"smaller --optimizer.peak, fewer --steps or another --seed."
+            )
 
     def _check_rounding(self) -> None:
         """Refuse a model that computes something else in double: the difference would be taken for rounding."""
-        most = MOST["bfloat16" if "16" in str(getattr(self.experiment.model, "dtype", "")) else "float32"]
+        own = self.budget.within or str(getattr(self.experiment.model, "dtype", ""))
+        most = MOST["bfloat16" if "16" in own else "float32"]
         got, want = self.single.gradients, self.exact.gradients
         overall = max(largest(g) for g in want.values())
         for path, exact in want.items():
@@ -202,17 +221,27 @@ class _Work:
         where = bisect(step, self.one, self.two, self.single.initial, self.batches[0], self.budget)
         if where is not None:
             return where
-        first = self.single.initial
-        trial = Ready(step, self.rows, self.x64).run(self.experiment.seed, self.batches[:1], first)
-        short = {n: Ready(s, self.rows, d).run(self.experiment.seed, self.batches[:1], first) for n, s, d in (
-            ("single", self.one, False), ("exact", self.two, True))}  # fmt: skip
-        want = short["exact" if self.x64 else "single"]
-        for kind, name in (("gradient", "gradients"), ("parameter", "params"), ("optimizer", "optimizer")):
-            of = [getattr(t, name) for t in (trial, short["single"], short["exact"])]
-            wrong = [c for c in self.budget.compare(kind, *of) if c.share > 1]
-            uneven = [c for c in self.budget.compare(kind, *of) if f"{kind} {c.path}" in trial.uneven]
-            if wrong or uneven:
-                return of_leaf(step, max(wrong or uneven, key=lambda c: c.share), trial, want)
+        return self._departing_update(step)
+
+    def _departing_update(self, step: TrainStep) -> Departure | None:
+        """The leaf that departs most after the first update after which one departs."""
+        first, seed = self.single.initial, self.experiment.seed
+        split, one, two = (Ready(s, self.rows, d) for s, d in (
+            (step, self.x64), (self.one, False), (self.two, True)))  # fmt: skip
+        before: list[tuple[Trial, Trial]] = []
+        for count in range(1, self.steps + 1):
+            trial, single, exact = (r.run(seed, self.batches[:count], first) for r in (split, one, two))
+            for kind, name in (
+                ("gradient", "gradients"),
+                ("parameter", "params"),
+                ("optimizer", "optimizer"),
+            ):
+                made = self.budget.compare(kind, *(getattr(t, name) for t in (trial, single, exact)))
+                uneven = [c for c in made if f"{kind} {c.path}" in trial.uneven]
+                if wrong := [c for c in made if c.share > 1] or uneven:
+                    worst = max(wrong, key=lambda c: c.share)
+                    return of_leaf(step, worst, trial, exact if self.x64 else single, before)
+            before.append((trial, exact if self.x64 else single))
         return None
 
 
@@ -263,31 +292,6 @@ def _own_stands(experiment: Experiment, outcomes: Sequence[Outcome]) -> None:
 
 def _manual(experiment: Experiment) -> Manual:
     return experiment.partitioner if isinstance(experiment.partitioner, Manual) else Manual()
-
-
-def _rows(experiment: Experiment, steps: Sequence[TrainStep]) -> int:
-    """Rows of a batch that every case can split: the fewest, since rows do not touch each other; at most the config's."""
-    needed = 1
-    for step in steps:
-        for layout in step.inputs.values():
-            axes = layout.dims[layout.names.index("batch")] if "batch" in layout.names else ()
-            parts = math.prod(step.split.layouts.sizes[a] for a in axes)
-            needed = math.lcm(needed, parts * experiment.accumulate)
-    return needed if needed >= 4 and experiment.batch % needed == 0 else experiment.batch
-
-
-def _batches(experiment: Experiment, dataset: Dataset, rows: int, steps: int) -> list[dict[str, np.ndarray]]:
-    """Training rows with weights drawn anew: rows, positions and shards that all weighed the same would hide a mean of
-    means. The first eighth of the rows weighs nothing.
-    """
-    draw = np.random.default_rng(experiment.seed)
-    made = []
-    for step in range(steps):
-        batch = dataset.rows("train", experiment.seed, step, rows, 0, rows)
-        factor = draw.uniform(0.1, 2.0, batch["weights"].shape).astype(np.float32)
-        factor[: rows // 8] = 0.0
-        made.append({**batch, "weights": batch["weights"] * factor})
-    return made
 
 
 def _metrics(trial: Trial) -> dict[str, np.ndarray]:

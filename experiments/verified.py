@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -59,6 +60,8 @@ class Verified:
     terms: int
     leaves: int
     precision: str
+    within: str
+    """A narrower dtype that the model itself casts to, whose rounding every budget holds; "" for none."""
 
     @property
     def checked(self) -> tuple[Outcome, ...]:
@@ -78,13 +81,19 @@ class Verified:
                 "mesh": {a: n for a, n in o.case.mesh.sizes().items() if n > 1},
                 "partitioner": show_partitioner(o.case.partitioner),
                 "verdict": "refused" if o.refused else "departs" if o.departs else "agrees",
-                "worst": {k: {**asdict(c), "share_of_budget": c.share} for k, c in o.worst.items()},
+                "worst": {k: _finite({**asdict(c), "share_of_budget": c.share}) for k, c in o.worst.items()},
                 "initial_parameters_differ": o.initial,
                 "uneven": list(o.uneven),
                 "refused": o.refused,
                 "failed": o.failed,
-                "departure": asdict(o.departure) if o.departure else None,
+                "departure": _finite(asdict(o.departure)) if o.departure else None,
             }
 
         head = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "outcomes"}
         return {"provenance": "measured", **head, "cases": [one(o) for o in self.outcomes]}
+
+
+def _finite(values: dict[str, Any]) -> dict[str, Any]:
+    """Floats that JSON has no number for as "NaN", "Infinity" or "-Infinity", as in records."""
+    name = lambda x: "NaN" if math.isnan(x) else "Infinity" if x > 0 else "-Infinity"
+    return {k: name(x) if isinstance(x, float) and not math.isfinite(x) else x for k, x in values.items()}

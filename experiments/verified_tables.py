@@ -47,6 +47,11 @@ def print_verified(made: Verified, seconds: float) -> None:
             f"[bold]All {len(checked)} agree with one device[/] ({meshes} meshes; {made.leaves} arrays each, {made.steps} "
             f"updates of {made.rows} rows, {made.precision}, {clock(seconds)})"
         )
+    if made.within:
+        console.print(
+            f"The model computes in {made.within} by itself, whatever it is given: every budget holds that rounding, and "
+            f"smaller errors go unseen."
+        )
     for kind in KINDS:
         worst = [(o.worst[kind], o) for o in checked if kind in o.worst]
         if worst:

@@ -77,8 +77,8 @@ class Transformer(nnx.Module):
             )
         self.config = c
         self.inputs = {
-            "tokens": Entry("batch length", (c.length,), "int32"),
-            "labels": Entry("batch length", (c.length,), "int32"),
+            "tokens": Entry("batch length", (c.length,), "int32", "vocab"),
+            "labels": Entry("batch length", (c.length,), "int32", "vocab"),
             "weights": Entry("batch length", (c.length,), "float32"),
         }
         self.table = param(

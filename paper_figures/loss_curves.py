@@ -3,7 +3,8 @@
 Claim: A model trained by shardlab predicts held-out text far better than byte frequencies (unigram) do, and the
     curve runs on through every kill and resumption.
 
-Records: kinds "step" and "eval" of each run, measured; ``details["data"]`` of its header for the two grey lines.
+Records: kinds "step" and "eval" of each run, measured; ``details["evaluated"]`` of its header, which
+    is of the very text that the held-out points are of, for the two grey lines.
 
 Reproduce:
     shardlab train configs/quickstart.py
@@ -111,15 +112,14 @@ def _run(records: list[Record], name: str) -> Run:
 
 
 def _bits_per_byte(evals: list[Record], header: Header) -> float | None:
-    """What one nat per token is in bits per byte: as the evaluations say, else from the data's bytes per
-    token.
+    """What one nat per token is in bits per byte: as the evaluations say, else from the bytes per token of the
+    text that they would be of.
     """
     for record in evals:
         loss, bits = record.values.get("loss"), record.values.get("bits_per_byte")
         if bits is not None and loss and math.isfinite(loss) and math.isfinite(bits):
             return bits / loss
-    data = header.details.get("data", {})
-    size = data.get("bytes_per_token_heldout", data.get("bytes_per_token"))
+    size = header.details.get("evaluated", {}).get("bytes_per_token")
     return None if size is None else 1 / math.log(2) / size
 
 
@@ -142,13 +142,16 @@ def _curve(
     else:
         axes.plot(x, y, color=colour, linestyle=dash)
     place = run.tokens_at if in_tokens else float
-    points = [v * scale for v in run.heldout]
+    points = [
+        (place(s), v * scale) for s, v in zip(run.heldout_steps, run.heldout, strict=True) if math.isfinite(v)
+    ]
     sparse = len(points) <= 24
-    axes.plot(
-        [place(s) for s in run.heldout_steps], points, marker=style.marker(index), linestyle="none",
-        markerfacecolor="white", markeredgecolor=colour, markeredgewidth=1.0 if sparse else 0.6,
-        markersize=3.6 if sparse else 2.0, zorder=3, clip_on=False,
-    )  # fmt: skip
+    if points:  # a line that is not clipped and has no point has its box at (0, 0) and squashes the axes
+        axes.plot(
+            *zip(*points, strict=True), marker=style.marker(index), linestyle="none",
+            markerfacecolor="white", markeredgecolor=colour, markeredgewidth=1.0 if sparse else 0.6,
+            markersize=3.6 if sparse else 2.0, zorder=3, clip_on=False,
+        )  # fmt: skip
     for step in run.resumed:
         axes.axvline(place(step), color=style.PALE, linewidth=0.8, zorder=0)
     broken = next((i for i, v in enumerate(y) if not math.isfinite(v)), None)
@@ -160,23 +163,22 @@ def _curve(
         return [Label(last, f"{name}\nnot finite at {run.steps[broken]}", colour)]
     if not alone:
         return [Label(last, name, colour)]
-    shown = [v for v in points if math.isfinite(v)]
     return [
         Label(last, f"training {last:.2f}", colour),
-        *(Label(v, f"held-out {v:.2f}", colour) for v in shown[-1:]),
+        *(Label(v, f"held-out {v:.2f}", colour) for _, v in points[-1:]),
     ]
 
 
 def _references(headers: list[Header]) -> list[Label]:
-    """One grey line for each compressor and corpus; the corpus is named where the runs have several."""
+    """One grey line for each compressor and evaluated text; its corpus is named where the runs have several."""
     corpora = {h.details.get("data", {}).get("name", "") for h in headers}
     lines: dict[tuple[str, float], Label] = {}
     for header in headers:
-        data = header.details.get("data", {})
+        corpus, known = header.details.get("data", {}).get("name", ""), header.details.get("evaluated", {})
         for key, text in REFERENCES:
-            if data.get(key) is not None:
-                text = f"{text} {data[key]:.2f}" + (f" ({data.get('name')})" if len(corpora) > 1 else "")
-                lines[text, data[key]] = Label(float(data[key]), text, style.GREY)
+            if key in known:
+                text = f"{text} {known[key]:.2f}" + (f" ({corpus})" if len(corpora) > 1 else "")
+                lines[text, known[key]] = Label(float(known[key]), text, style.GREY)
     return list(lines.values())
 
 

@@ -106,7 +106,7 @@ def rms_norm(x: Array, scale: Operand, names: str, eps: float = 1e-6) -> Array:
         x32 = wide(x)
         mean = jnp.mean(jnp.square(x32), axis=-1, keepdims=True)
         mean = lax.pmean(mean, split) if split else mean
-        along = wide(weight).reshape((1,) * (x.ndim - 1) + (-1,))
+        along = wide(weight).astype(x32.dtype).reshape((1,) * (x.ndim - 1) + (-1,))
         return (x32 * lax.rsqrt(mean + eps) * along).astype(x.dtype)
 
     return tap("rms_norm", words, _settle(region, norm(x, weight), words))

@@ -86,6 +86,9 @@ class Entry:
     names: str
     row: tuple[int, ...]
     dtype: str
+    indexes: str = ""
+    """For integers: the name of the dim that they are indices of, as token ids are of `vocab`; then any index of it is
+    a legal value. Empty where values mean something else."""
 
     def abstract(self, rows: int) -> jax.ShapeDtypeStruct:
         """Shape and dtype of a batch of `rows` rows."""

@@ -75,6 +75,10 @@ class ByPath:
 
     def __post_init__(self) -> None:
         for pattern, said in self.table.items():
+            if not isinstance(said, str):
+                raise InputError(
+                    f"A rule by path places {pattern!r} as {said!r}, but what is meant is text: one axis a dim, or {LEAVE!r}."
+                )
             for axis in said.split():
                 if axis not in (*AXES, LEAVE):
                     raise InputError(

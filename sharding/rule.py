@@ -125,6 +125,15 @@ class Rule:
     source: str = field(default="", init=False)
     """file:line of the rule's factory; filled by `@rule`."""
 
+    def __post_init__(self) -> None:
+        for role in ROLES:
+            _check_placing(role, getattr(self, role))
+        if not isinstance(self.replicated, tuple) or not all(isinstance(n, str) for n in self.replicated):
+            raise InputError(
+                f"Rule(replicated={self.replicated!r}): it is a tuple of the names that stay whole, as in "
+                f"replicated=('embed',). Change it."
+            )
+
     def __hash__(self) -> int:
         return hash((self.call, self.source))
 
@@ -156,9 +165,26 @@ class Rule:
             if name not in ask.names:
                 raise InputError(
                     f"Rule {self.call} ({self.source}) wants to split a dim {name!r} of {ask.path or 'an array'}, whose "
-                    f"dims are {' '.join(ask.names)}{nearest(name, ask.names)}."
+                    f"dims are {' '.join(ask.names)}{nearest(str(name), ask.names)}."
                 )
         return splits
+
+
+def _check_placing(role: str, placing: object) -> None:
+    """Refuse, with `InputError`, what is neither a mapping from names to axes nor a function."""
+    meant = (
+        f"a role is a mapping from names to axes, as in {role}={{'embed': 'fsdp'}}, or a function of an Ask"
+    )
+    if not isinstance(placing, Mapping):
+        if not callable(placing):
+            raise InputError(f"Rule({role}={placing!r}): {meant}. Change {role}.")
+        return
+    for name, axis in placing.items():
+        if not isinstance(name, str) or not isinstance(axis, (str, Split)):
+            raise InputError(
+                f"Rule({role}={{{name!r}: {axis!r}}}): {meant}; a name is a text, and an axis a text, also(axis) or "
+                f"if_free(axis). Change {role}."
+            )
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Callable
 from pathlib import Path
 
 import hypothesis
@@ -15,6 +16,8 @@ import jax
 import pytest
 
 from experiments import malloc
+from experiments.config import Experiment
+from experiments.data.contract import Dataset
 
 DEVICES = 8
 ROOT = Path(__file__).resolve().parent.parent
@@ -89,3 +92,16 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def at_home(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Works in `home`."""
     monkeypatch.chdir(home)
+
+
+@pytest.fixture(scope="module")
+def opened(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Experiment], Dataset]:
+    """A config's dataset, opened once."""
+    cache, held = tmp_path_factory.mktemp("data"), {}
+
+    def open_once(e: Experiment) -> Dataset:
+        if e.data not in held:
+            held[e.data] = e.data.open(cache)
+        return held[e.data]
+
+    return open_once

@@ -222,6 +222,21 @@ DAMAGE = {
 }
 
 
+@pytest.mark.parametrize("part", [0.1, 0.5, 0.9])
+def test_a_flipped_bit_is_refused_with_what_to_do(copy: Path, abstract: Any, part: float) -> None:
+    path = max((copy / "20" / "state").glob("ocdbt*/d/*"), key=lambda p: p.stat().st_size)
+    held = bytearray(path.read_bytes())
+    held[int(part * len(held))] ^= 0x10
+    path.write_bytes(held)
+    with _store(copy) as store:
+        assert store.latest() == 20
+        with pytest.raises(
+            InputError, match=rf"{path.name} has other bytes.*Move the folder .*20 away .* step 10"
+        ):
+            store.restore(20, abstract)
+        assert _bits(store.restore(10, abstract)[0]) == _bits(_filled(abstract, 10))
+
+
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_an_incomplete_step_is_set_aside(copy: Path, abstract: Any, damage: str) -> None:
     DAMAGE[damage](copy / "20")

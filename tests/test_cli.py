@@ -338,3 +338,44 @@ def test_a_reader_that_leaves_is_not_complained_about(commands: Path) -> None:
     assert talking.wait(timeout=60) == 141
     assert talking.stderr.read() == ""
     talking.stderr.close()
+
+
+UNREADABLE: dict[str, tuple[str, str]] = {
+    "a full standard output": (
+        "explain configs/digits_mlp.py > /dev/full",
+        "standard output cannot be written",
+    ),
+    "a path part too long": (f"explain {'x' * 300}.py", "File name too long"),
+    "a run folder too long": (
+        f"train configs/digits_mlp.py --steps 1 --runs {'x' * 300}",
+        "File name too long",
+    ),
+    "a cache that cannot be made": (
+        "unset JAX_COMPILATION_CACHE_DIR; cd /proc && train ROOT/configs/digits_mlp.py --runs RUNS",
+        "No such file",
+    ),
+}
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's /dev/full and /proc")
+@pytest.mark.parametrize("what", UNREADABLE)
+def test_what_the_system_refuses_is_one_paragraph(what: str, tmp_path: Path) -> None:
+    words, said = UNREADABLE[what]
+    place, _, command = words.rpartition("&& ")
+    command = command.replace("ROOT", str(ROOT)).replace("RUNS", str(tmp_path))
+    done = _shell(f"{place + '&& ' if place else ''}{sys.executable} -m experiments.cli {command}")
+    assert done.returncode == 2, done.stderr
+    assert said in done.stderr
+    assert done.stderr.startswith("shardlab: ")
+    assert done.stderr.count("\n") == 1
+
+
+def test_a_closed_standard_output_and_a_terminal_without_unicode_take_what_is_said() -> None:
+    for words in ("explain configs/digits_mlp.py >&-", "explain configs/quickstart.py"):
+        done = _shell(f"PYTHONIOENCODING=ascii {sys.executable} -m experiments.cli {words}")
+        assert (done.returncode, done.stderr) == (0, ""), words
+
+
+def _shell(line: str) -> subprocess.CompletedProcess[str]:
+    here = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.run(["sh", "-c", line], cwd=ROOT, env=here, capture_output=True, text=True, check=False)

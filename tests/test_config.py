@@ -101,6 +101,31 @@ def test_a_bad_config_file_is_one_paragraph_with_its_line(
 
 
 @pytest.mark.parametrize(
+    ("raw", "said"),
+    [
+        (b"\xff\xfe", ("is not Python", "can't decode byte 0xff in position 0")),
+        (b"x = 'caf\xe9'\n", ("is not Python", "can't decode byte 0xe9")),
+        (b"x = 1\0\n", ("is not Python", "null bytes")),
+    ],
+)
+@pytest.mark.parametrize("helper", ["", "helper"])
+def test_a_file_that_is_no_text_is_one_paragraph(
+    raw: bytes, said: tuple[str, ...], helper: str, tmp_path: Path
+) -> None:
+    path = write(tmp_path, "import helper\n")
+    (tmp_path / f"{helper or 'mine'}.py").write_bytes(raw)
+    with refused(str(tmp_path), *said):
+        load(path)
+
+
+def test_a_file_may_name_its_encoding(tmp_path: Path) -> None:
+    path = write(tmp_path, "")
+    own = BASE + "def config(): return replace(quickstart(), name='caf\xe9')\n"
+    path.write_bytes(b"# -*- coding: latin-1 -*-\n" + own.encode("latin-1"))
+    assert load(path).name == "caf\xe9"
+
+
+@pytest.mark.parametrize(
     ("path", "said"),
     [
         (ROOT / "configs" / "quickstrt.py", ("There is no file", "Perhaps", "configs/quickstart.py")),
@@ -176,6 +201,8 @@ def test_an_edit_within_the_same_second_is_seen(tmp_path: Path) -> None:
         ({"steps": True}, ("steps is True", "whole number")),
         ({"batch": 16, "accumulate": 3}, ("16 rows", "3 micro-batches", "remainder is 1")),
         ({"seed": -1}, ("seed is -1",)),
+        ({"seed": 2**32}, ("seed is 4294967296", "at most 4294967295", "32 bits")),
+        ({"steps": 2**31 - 1}, ("steps is 2147483647", "at most 2147483646", "32 bits")),
         ({"log_every": 0}, ("log_every is 0",)),
         ({"name": "a/b"}, ("name is 'a/b'", "folder")),
         ({"name": ""}, ("name is ''",)),
@@ -193,7 +220,7 @@ def test_a_value_that_cannot_be_is_refused(
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("peak", 0.0), ("warmup", -1), ("warmup", 2.5), ("floor", 2.0), ("b1", 1.0), ("b2", -0.1), ("eps", 0.0),
+    [("peak", 0.0), ("warmup", -1), ("warmup", 2.5), ("warmup", 2**31), ("floor", 2.0), ("b1", 1.0), ("b2", -0.1), ("eps", 0.0),
      ("weight_decay", -1.0), ("clip", 0.0), ("peak", math.nan), ("clip", math.nan)],
 )  # fmt: skip
 def test_adamw_refuses_numbers_out_of_range(field: str, value: Any) -> None:
@@ -443,7 +470,10 @@ def test_a_run_config_whose_values_changed_names_them(tmp_path: Path, quickstart
 
 
 def test_a_config_that_depends_on_the_clock_is_refused_when_the_run_begins(tmp_path: Path) -> None:
-    text = BASE + "import time\ndef config(): return replace(quickstart(), seed=time.perf_counter_ns())\n"
+    text = (
+        BASE
+        + "import time\ndef config(): return replace(quickstart(), seed=time.perf_counter_ns() % 2**32)\n"
+    )
     origin = Origin(write(tmp_path, text))
     (tmp_path / "run").mkdir()
     with refused("seed: recorded", "depends on time"):

@@ -44,6 +44,10 @@ BAD = [
     ("a character cut short", with_file("é".encode()[:1]), "is not utf-8 text: byte c3 at offset 0"),
     ("NUL", with_file(b"ab\0c"), "a.txt holds a NUL byte at offset 2"),
     ("an unknown encoding", with_file(b"abc", encoding="klingon"), "no text encoding 'klingon'"),
+    ("an encoding of bytes", with_file(b"YWJj", encoding="base64"), "no text encoding 'base64'"),
+    ("an encoding of text as text", with_file(b"abc", encoding="rot13"), "no text encoding 'rot13'"),
+    ("an encoding with NUL", with_file(b"abc", encoding="a\0b"), "no text encoding"),
+    ("an empty path", lambda folder: Text(path=""), "path of the text is empty"),
     ("a damaged archive", broken_gzip, "a.gz is damaged"),
     ("text too short for a window", with_file(b"word " * 50), "one window of length 256 needs 257"),
     ("a length of zero", with_file(b"word " * 500, length=0), "length must be at least 1"),
@@ -67,9 +71,33 @@ FACTS: list[tuple[str, Callable[[dict], object], str]] = [
     ("no JSON", lambda facts: None, "is not readable JSON"),
     ("a missing fact", lambda facts: {k: v for k, v in facts.items() if k != "vocab"}, "lacks vocab"),
     (
+        "facts of an older form",
+        lambda facts: {k: v for k, v in facts.items() if k != "train_byte_counts"},
+        "lacks train_byte_counts. Build the folder again",
+    ),
+    (
         "other facts",
         lambda facts: {**facts, "train_payload_sha256": "0" * 64},
         "does not belong to the facts",
+    ),
+    (
+        "bytes that are text",
+        lambda facts: {**facts, "heldout_bytes": "abc"},
+        "of abc. Build the folder again",
+    ),
+    ("bytes that are null", lambda facts: {**facts, "heldout_bytes": None}, "of None. Build"),
+    ("no bytes", lambda facts: {**facts, "heldout_bytes": 0}, "of 0. Build the folder again"),
+    ("a list", list, "holds a JSON list"),
+    ("a figure that is text", lambda facts: {**facts, "heldout_xz_bits_per_byte": "abc"}, "is 'abc', but"),
+    (
+        "counts that are no numbers",
+        lambda facts: {**facts, "train_byte_counts": ["a"] * 256},
+        "train_byte_counts in .*facts.json are not 256 whole numbers",
+    ),
+    (
+        "counts of another text",
+        lambda facts: {**facts, "train_byte_counts": [1] * 256},
+        "add up to train_bytes",
     ),
 ]
 

@@ -48,8 +48,8 @@ def test_text_sources_know_their_text(cache: Path) -> None:
     assert facts["vocab"] == 256
     assert facts["train_tokens"] == facts["train_bytes"] > 5_000_000
     assert 0.02 < facts["heldout_files"] / facts["files"] < 0.15
-    assert 0 < facts["xz_bits_per_byte"] < facts["heldout_entropy_bits_per_byte"]
-    assert facts["heldout_entropy_bits_per_byte"] < facts["unigram_bits_per_byte"] < 8
+    assert 0 < facts["heldout_xz_bits_per_byte"] < facts["heldout_entropy_bits_per_byte"]
+    assert facts["heldout_entropy_bits_per_byte"] < facts["heldout_unigram_bits_per_byte"] < 8
 
 
 def test_no_source_imports_jax() -> None:
@@ -157,6 +157,7 @@ class TestDigits:
         with pytest.raises(InputError, match="holds no text"):
             digits.encode("x")
         assert digits.bytes_per_token_heldout is None
+        assert digits.heldout_facts(5) == {}
 
     def test_without_scikit_learn_the_error_says_what_to_install(
         self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path

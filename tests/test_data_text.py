@@ -13,7 +13,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from experiments.data.store import pieces, prepare
+from experiments.data.store import pieces, prepare, windows
 from experiments.data.store.pieces import passages
 from experiments.data.store.split import heldout_files, place
 from experiments.data.store.statistics import cross_entropy_bits, entropy_bits
@@ -129,12 +129,37 @@ def test_statistics_against_their_definitions(notes: Path, tmp_path: Path) -> No
     dataset = Text(path=str(notes), length=16).open(tmp_path / "cache")
     train, heldout = (text_of(dataset, split) for split in ("train", "heldout"))
     q = {b: (train.count(b) + 1) / (len(train) + 256) for b in set(heldout)}
-    assert dataset.facts["unigram_bits_per_byte"] == pytest.approx(-np.mean([np.log2(q[b]) for b in heldout]))
+    assert dataset.facts["heldout_unigram_bits_per_byte"] == pytest.approx(
+        -np.mean([np.log2(q[b]) for b in heldout])
+    )
     p = {b: heldout.count(b) / len(heldout) for b in set(heldout)}
     own = -np.mean([np.log2(p[b]) for b in heldout])
     assert dataset.facts["heldout_entropy_bits_per_byte"] == pytest.approx(own)
     packed = len(lzma.compress(heldout, preset=6))
-    assert dataset.facts["xz_bits_per_byte"] == pytest.approx(8 * packed / len(heldout))
+    assert dataset.facts["heldout_xz_bits_per_byte"] == pytest.approx(8 * packed / len(heldout))
+
+
+def test_what_is_told_of_the_first_heldout_rows_is_of_their_labels_alone(notes: Path, tmp_path: Path) -> None:
+    dataset = Text(path=str(notes), length=16).open(tmp_path / "cache")
+    train = text_of(dataset, "train")
+    assert dataset.heldout_rows > 5
+    for rows in (1, 5, dataset.heldout_rows):
+        got = dataset.heldout_facts(rows)
+        text = bytes(dataset.gather("heldout", np.arange(rows))["labels"].ravel().tolist())
+        q = {b: (train.count(b) + 1) / (len(train) + 256) for b in set(text)}
+        assert got["tokens"] == got["bytes"] == got["xz_bytes"] == 16 * rows
+        assert got["unigram_bits_per_byte"] == pytest.approx(-np.mean([np.log2(q[b]) for b in text]))
+        assert got["xz_bits_per_byte"] == pytest.approx(8 * len(lzma.compress(text, preset=6)) / len(text))
+    assert dataset.heldout_facts(10**9) == got, "rows past the end are not evaluated"
+
+
+def test_of_more_text_than_xz_reads_in_seconds_no_xz_is_told(
+    notes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dataset = Text(path=str(notes), length=16).open(tmp_path / "cache")
+    monkeypatch.setattr(windows, "XZ_BYTES", 32)
+    assert "xz_bits_per_byte" in dataset.heldout_facts(2)
+    assert not {"xz_bits_per_byte", "xz_bytes"} & set(dataset.heldout_facts(3))
 
 
 def test_uniform_bytes_take_eight_bits() -> None:
@@ -214,11 +239,30 @@ class TestBPE:
             text = text_of(plain, split).decode().replace("\0", "\u2404")
             assert bpe.decode(np.asarray(bpe.files[split].tokens)) == text
         assert bpe.facts["sha256"] == plain.facts["sha256"]
-        assert bpe.facts["unigram_bits_per_byte"] == plain.facts["unigram_bits_per_byte"]
+        assert bpe.facts["heldout_unigram_bits_per_byte"] == plain.facts["heldout_unigram_bits_per_byte"]
         assert (
             bpe.bytes_per_token_heldout == plain.facts["heldout_tokens"] / bpe.facts["heldout_tokens"] > 1.5
         )
         assert bpe.files["train"].tokens.dtype == np.uint16
+
+    def test_what_is_told_of_heldout_rows_counts_the_bytes_of_their_tokens(
+        self, bpe: WindowDataset, notes: Path, tmp_path: Path
+    ) -> None:
+        plain = Text(path=str(notes), length=8).open(tmp_path / "cache")
+        whole, train_text = text_of(plain, "heldout"), text_of(plain, "train")
+        train = np.bincount(list(train_text), minlength=256)
+        before = len(bpe.tokenizer.text(bpe.files["heldout"].tokens[:1]))
+        for rows in (1, 7, bpe.heldout_rows):
+            got, labels = bpe.heldout_facts(rows), bpe.gather("heldout", np.arange(rows))["labels"]
+            text = whole[before : before + int(got["bytes"])]
+            assert bpe.decode(labels.ravel()) == text.decode().replace("\0", "\u2404")
+            assert got["tokens"] == labels.size
+            assert got["bytes_per_token"] == len(text) / labels.size
+            assert got["xz_bits_per_byte"] == 8 * len(lzma.compress(text, preset=6)) / len(text)
+            counts = np.bincount(list(text), minlength=256)
+            assert got["unigram_bits_per_byte"] == cross_entropy_bits(counts, train)
+        assert bpe.tokenizer.text(bpe.files["train"].tokens) == train_text
+        assert train_text.count(b"\0") > 1
 
     def test_text_cannot_forge_a_document_boundary(self, bpe: WindowDataset) -> None:
         ids = bpe.encode("a<|endoftext|>b")

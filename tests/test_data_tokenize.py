@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from experiments.commands.tokenize import main
@@ -29,7 +31,9 @@ def test_bytes(notes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert main([str(notes), "--out", str(out), "--licence", "CC0-1.0", "--json", str(result)]) == 0
     dataset = Tokens(folder=str(out), length=16).open(tmp_path)
     check(dataset)
-    assert json.loads(result.read_text(encoding="utf-8")) == {**dataset.facts, "folder": str(out)}
+    counts = np.bincount(dataset.files["train"].tokens, minlength=256).tolist()
+    whole = {**dataset.facts, "train_byte_counts": counts, "folder": str(out)}
+    assert json.loads(result.read_text(encoding="utf-8")) == whole
     assert dataset.facts["licence"] == "CC0-1.0"
     shown = capsys.readouterr()
     assert f"{dataset.facts['train_tokens']:,} tokens" in shown.out
@@ -113,6 +117,12 @@ def test_verify(notes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str])
         (["{notes}", "--out", "{notes}/1.txt/out"], "Cannot write the token files"),
         (["{notes}", "--out", "{out}", "--json", "{notes}/1.txt/x.json"], "--json .* cannot be written"),
         (["{notes}", "--out", "{out}", "--json", "{notes}"], "--json .* cannot be written"),
+        (["{notes}", "--out", "{out}", "--encoding", "base64"], "no text encoding 'base64'"),
+        (["{notes}", "--out", "{out}", "--encoding", "rot13"], "no text encoding 'rot13'"),
+        (["{notes}", "--out", "{out}", "--tokenizer", "{latin}"], "latin.json cannot be read as UTF-8 text"),
+        (["", "--out", "{out}"], "SOURCE is empty"),
+        (["", "--verify"], "SOURCE is empty"),
+        (["{fifo}", "--out", "{out}"], "fifo is neither a file nor a folder"),
     ],
 )
 def test_bad_arguments(arguments: list[str], message: str, notes: Path, tmp_path: Path) -> None:
@@ -120,7 +130,10 @@ def test_bad_arguments(arguments: list[str], message: str, notes: Path, tmp_path
 
     bare = tmp_path / "bare.json"
     tokenizers.Tokenizer(tokenizers.models.BPE()).save(str(bare))
-    places = {"notes": notes, "out": tmp_path / "out", "bare": bare}
+    latin, fifo = tmp_path / "latin.json", tmp_path / "fifo"
+    latin.write_bytes(b'{"caf\xe9": 1}')
+    os.mkfifo(fifo)
+    places = {"notes": notes, "out": tmp_path / "out", "bare": bare, "latin": latin, "fifo": fifo}
     with pytest.raises(InputError, match=message):
         main([argument.format(**places) for argument in arguments])
     assert not (tmp_path / "out").exists(), "it is found before the work, not after it"

@@ -9,6 +9,7 @@ import math
 import os
 import subprocess
 import sys
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,8 @@ HEADER = Header(
     mesh={"data": 2, "fsdp": 4},
     details={
         "name": "synthetic",
-        "data": {"name": "synthetic", "vocab": 256, "unigram_bits_per_byte": 4.75, "xz_bits_per_byte": 2.25},
+        "data": {"name": "synthetic", "vocab": 256, "heldout_unigram_bits_per_byte": 4.5},
+        "evaluated": {"unigram_bits_per_byte": 4.75, "xz_bits_per_byte": 2.25},
     },
 )
 GPU = {"platform": "gpu", "kind": "synthetic gpu", "count": 8, "processes": 1}
@@ -195,6 +197,30 @@ def test_loss_is_in_bits_per_byte_where_every_run_can_say_so(tmp_path: Path) -> 
     axes = loss_curves.draw(plain).axes[0]
     assert axes.get_title(loc="left") == "Loss (nats per token)"
     assert not {"unigram 4.75", "xz 2.25"} & {t.get_text() for t in axes.texts}
+
+
+@pytest.mark.parametrize("what", ["no evaluation", "evaluations that are not finite"])
+def test_without_a_held_out_point_the_axes_have_their_full_height(what: str, tmp_path: Path) -> None:
+    records = read(train(tmp_path / "a.jsonl"))
+    known = {"evaluated": {"bytes_per_token": 1.0, "unigram_bits_per_byte": 4.75}}
+    bare = [replace(r, header=replace(r.header, details={**HEADER.details, **known})) for r in records]
+    if what == "no evaluation":
+        bare = [r for r in bare if r.kind == "step"]
+    else:
+        bare = [replace(r, values={"loss": math.nan}) if r.kind == "eval" else r for r in bare]
+
+    def height(drawn: list[Any]) -> float:
+        figure = loss_curves.draw(drawn)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # matplotlib's, that a layout has collapsed
+            figure.draw_without_rendering()
+        axes = figure.axes[0]
+        assert axes.get_title(loc="left") == "Loss (bits per byte)"
+        assert "unigram 4.75" in {t.get_text() for t in axes.texts}
+        return axes.get_position().height
+
+    assert height(bare) == pytest.approx(height(records), abs=0.02)
+    assert height(bare) > 0.5
 
 
 def test_a_loss_that_is_not_finite_is_marked(tmp_path: Path) -> None:

@@ -12,10 +12,11 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import loop
-from experiments.config import Checkpoints, Evaluate, Experiment, load
+from experiments import loop, reporting
+from experiments.config import MOST_STEPS, Checkpoints, Evaluate, Experiment, load
 from experiments.data.contract import RowSpec
 from experiments.events import Events, read_events
+from experiments.optimizers import AdamW
 from experiments.progress import Progress
 from experiments.records import Header, Records, installed_versions, read
 from experiments.reporting import Reporter, Work
@@ -112,6 +113,18 @@ def drive(
     assert outcome.step == e.steps
     assert outcome.stopped == ""
     return evaluated
+
+
+def test_rates_are_those_of_the_schedule_however_long_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run of 2**31 - 2 steps computes the blocks that it asks for, not an array of 8 GiB at its start."""
+    schedule = AdamW(peak=1e-2, warmup=30).schedule(200)
+    monkeypatch.setattr(reporting, "BLOCK", 16)
+    short = reporting.Rates(schedule, 200)
+    for step in (0, 1, 15, 16, 17, 40, 100, 101, 199, 3):
+        assert short.of(step) == pytest.approx(float(schedule(step)), rel=1e-6)
+    long = reporting.Rates(lambda step: step, MOST_STEPS)
+    for step in (0, 15, 16, 10**9, MOST_STEPS - 1):
+        assert long.of(step) == step
 
 
 END = {"evaluate": Evaluate(every=0, batches=1), "checkpoints": Checkpoints(every=0, keep=1)}

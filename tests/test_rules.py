@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -47,6 +48,29 @@ def test_a_rule_file_holds_a_factory_of_its_name_whose_repr_makes_it_again(path:
     assert again == made
     assert hash(again) == hash(made)
     assert repr(again) == repr(made)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"compute": ["embed"]}, r"Rule\(compute=\['embed'\]\): a role is a mapping .* Change compute."),
+        ({"param": "embed"}, r"Rule\(param='embed'\)"),
+        ({"optimizer": None}, r"Rule\(optimizer=None\)"),
+        ({"activation": {5: "data"}}, r"Rule\(activation=\{5: 'data'\}\): .* a name is a text"),
+        ({"gradient": {"embed": ("data", "fsdp")}}, r"'embed': \('data', 'fsdp'\)\}\): .* also\(axis\)"),
+        ({"replicated": "embed"}, r"Rule\(replicated='embed'\): it is a tuple"),
+        ({"replicated": (5,)}, r"Rule\(replicated=\(5,\)\): it is a tuple"),
+    ],
+)
+def test_a_role_that_is_no_mapping_of_names_to_axes_is_refused(given: dict[str, Any], said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        Rule(**given)
+
+
+def test_a_function_that_places_what_is_no_name_is_refused() -> None:
+    ask = Ask("w", "param", ("embed",), (8,), ((),), dict.fromkeys(AXES, 1))
+    with pytest.raises(InputError, match="wants to split a dim 5 of w"):
+        Rule(param=lambda _: {5: "data"}).place(ask)  # type: ignore[dict-item, return-value]
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import json
+import lzma
 import math
 import shutil
 import signal
 import subprocess
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from experiments import run_folder
-from experiments.checkpoint_folder import sealed_steps
+from experiments.checkpoint_folder import seal, sealed_steps
 from experiments.config import load
 from experiments.records import read
 from tests.small import arrays, losses, only, place, shardlab, start, steps, until
@@ -46,20 +48,31 @@ def test_a_run_leaves_valid_records_that_fall(whole: tuple[Path, str]):
     assert {r.provenance for r in records} == {"measured"}
 
 
-def test_evaluation_is_in_bits_per_byte_beside_unigram_and_xz(whole: tuple[Path, str]):
+def test_evaluation_stands_beside_unigram_and_xz_of_the_very_bytes_evaluated(whole: tuple[Path, str]):
     run, said = whole
     evals = {r.step: r.values for r in read(run / "records.jsonl") if r.kind == "eval"}
     assert list(evals) == [4, 8]
     for values in evals.values():
         assert values["bits_per_byte"] == pytest.approx(values["loss"] / math.log(2))
-    facts = read(run / "records.jsonl")[0].header.details["data"]
+    dataset: Any = load("small.py").data.open(Path("cache"))  # 2 batches of 16 rows of 32 bytes are evaluated
+    rows = dataset.rows("heldout", 0, 0, 32, 0, 32)
+    text = rows["labels"].astype(np.uint8).tobytes()
+    train = np.bincount(dataset.files["train"].tokens, minlength=256) + 1
+    unigram = -np.mean(np.log2(train / train.sum())[list(text)])
+    xz = 8 * len(lzma.compress(text, preset=6)) / len(text)
+    header = read(run / "records.jsonl")[0].header.details
+    told = header["evaluated"]
+    assert evals[8]["tokens"] == told["tokens"] == told["bytes"] == len(text) == 1024
+    assert told["unigram_bits_per_byte"] == pytest.approx(unigram)
+    assert told["xz_bits_per_byte"] == pytest.approx(xz)
+    assert header["data"]["heldout_xz_bits_per_byte"] < xz - 0.5, (
+        "a text that xz tells from all that is held out"
+    )
     line = next(line for line in said.splitlines() if line.startswith("held out after 8"))
-    for number in (
-        evals[8]["bits_per_byte"],
-        facts["unigram_bits_per_byte"],
-        facts["xz_bits_per_byte"],
-    ):
-        assert f"{number:.3f}" in line
+    page = (run / "report.html").read_text()
+    assert f"{evals[8]['bits_per_byte']:.3f} bits/byte (byte frequencies {unigram:.3f}, xz {xz:.3f})" in line
+    for name, number in (("unigram", unigram), ("xz", xz)):
+        assert f"<th>{name} bits per byte of the same text</th><td class=n>{number:.3f}</td>" in page
 
 
 def test_a_run_prints_one_line_a_step_and_where_arrays_lie(whole: tuple[Path, str]):
@@ -80,9 +93,7 @@ def test_sample_report_and_pictures_stand(whole: tuple[Path, str], home: Path):
     assert text.startswith("def ")
     assert len(text) > len("def ")
     assert text.splitlines()[0] in said
-    page = (run / "report.html").read_text()
-    assert 'src="loss.svg"' in page
-    assert "unigram" in page
+    assert 'src="loss.svg"' in (run / "report.html").read_text()
     assert (run / "loss.svg").read_text().lstrip().startswith("<?xml")
     assert (run / "loss.png").read_bytes().startswith(b"\x89PNG")
     result = json.loads((home / "out" / "result.json").read_text())
@@ -221,10 +232,7 @@ def test_another_models_checkpoint_without_its_config_is_refused(
     told["experiment"]["model"]["mlp"] = 128
     changed = json.dumps(told)
     meta.write_text(changed)
-    seal = mine / "checkpoints" / "4" / "sealed.json"
-    sealed = json.loads(seal.read_text())
-    sealed["files"]["meta/metadata"]["size"] = len(changed)
-    seal.write_text(json.dumps(sealed))
+    seal(mine / "checkpoints" / "4", 4)
     assert shardlab("train", "small.py", "--resume", mine, "--model.mlp", 128) == 2
     assert "is of another model" in capsys.readouterr().err
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -17,12 +16,7 @@ from jax.sharding import PartitionSpec as P
 import sharding.attention
 import sharding.relayout
 import sharding.step
-from configs import digits_mlp, quickstart
-from experiments.config import Experiment
-from experiments.data.contract import Dataset
-from experiments.data.stdlib import Stdlib
-from experiments.verification import cases, verify
-from experiments.verified import Outcome, Verified
+from experiments.verification import cases
 from models.mlp import MLP
 from models.mlp_config import MLPConfig
 from sharding.axes import MeshShape
@@ -35,54 +29,8 @@ from sharding.rules.data import data
 from sharding.rules.tensor import tensor
 from sharding.rules.zero1 import zero1
 from tests.faults import other_block, reduced_twice
-from tests.support import custom, shrunk
-
-DATA = MeshShape(data=2)
-BOTH = MeshShape(data=2, tensor=2)
-
-
-def small(kind: str = "mlp", rules: Rules = data() | tensor()) -> Experiment:  # noqa: B008
-    """The quickstart or the digits config, shrunk."""
-    if kind == "mlp":
-        e = digits_mlp.config()
-        model = MLPConfig(features=64, embed=16, mlp=32, layers=2, classes=10)
-        return replace(e, model=model, batch=16, rules=rules)
-    e = quickstart.config()
-    model = replace(shrunk(e.model), vocab=256)
-    return replace(e, model=model, data=Stdlib(length=model.length), batch=16, rules=rules)
-
-
-@pytest.fixture(scope="module")
-def opened(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Experiment], Dataset]:
-    """A config's dataset, opened once."""
-    cache, held = tmp_path_factory.mktemp("data"), {}
-
-    def open_once(e: Experiment) -> Dataset:
-        if e.data not in held:
-            held[e.data] = e.data.open(cache)
-        return held[e.data]
-
-    return open_once
-
-
-Opened = Callable[[Experiment], Dataset]
-
-
-def judged(
-    e: Experiment,
-    opened: Opened,
-    mesh: MeshShape = DATA,
-    by: Partitioner = Manual(),  # noqa: B008
-    x64: bool = False,
-) -> Verified:
-    """One mesh under one partitioner."""
-    return verify(e, opened(e), jax.devices(), cases(e, 8, [mesh], [by]), 2, x64)
-
-
-def only(made: Verified) -> Outcome:
-    (outcome,) = made.outcomes
-    return outcome
-
+from tests.support import custom
+from tests.verified import BOTH, DATA, Opened, Own, judged, only, small
 
 # What is right passes.
 
@@ -175,17 +123,6 @@ class Summed(MLP):
         h = einsum("batch features, features embed -> batch embed", features, self.enter)
         x = rms_norm(h, self.norm, "batch embed")
         return einsum("batch classes -> batch classes", product(x, self.leave.get_value()))
-
-
-@dataclass(frozen=True)
-class Own:
-    """A test's own model on the digits."""
-
-    kind: type[MLP]
-
-    def build(self) -> MLP:
-        """The model."""
-        return self.kind(MLPConfig(features=64, embed=16, mlp=32, layers=2, classes=10))
 
 
 @dataclass(frozen=True)

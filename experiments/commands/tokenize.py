@@ -31,6 +31,10 @@ def main(argv: list[str]) -> int:
     options = _parse(argv)
     if options.json:
         cli.check_file(options.json, "--json")
+    if not options.source:
+        raise InputError(
+            "SOURCE is empty. Give a file, a folder ('.' is this one), a pattern or the name of a text source."
+        )
     if options.verify:
         facts = _verify(Path(options.source))
     else:
@@ -96,8 +100,8 @@ def _tokenize(options: argparse.Namespace) -> dict[str, Any]:
         )
     print(f"vocab {facts['vocab']}, split by {facts['split_by']}, sha256 {facts['sha256'][:16]}...")
     print(
-        f"held-out bits per byte: unigram {facts['unigram_bits_per_byte']:.3f}, "
-        f"own entropy {facts['heldout_entropy_bits_per_byte']:.3f}, xz {facts['xz_bits_per_byte']:.3f}"
+        f"held-out bits per byte: unigram {facts['heldout_unigram_bits_per_byte']:.3f}, "
+        f"own entropy {facts['heldout_entropy_bits_per_byte']:.3f}, xz {facts['heldout_xz_bits_per_byte']:.3f}"
     )
     return {**facts, "folder": str(out)}
 

@@ -8,6 +8,7 @@ when anything departs.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from dataclasses import dataclass, replace
@@ -41,8 +42,13 @@ def main(argv: list[str]) -> int:
     """Verify; 0 when every mesh agrees with one device, 1 when one departs."""
     experiment, flags, origin = cli.read(argv, Flags)
     meshes = tuple(_mesh(text) for text in flags.meshes)
+    if "--meshes" in argv and not meshes:
+        raise InputError(
+            "--meshes names no mesh. Give some, such as --meshes data=2,tensor=4, or leave it out for all."
+        )
     given = {word.partition("=")[0] for word in origin.overrides}
     steps = experiment.steps if "--steps" in given else min(STEPS, experiment.steps)
+    own = experiment.devices.count if experiment.devices.kind == "pretend" else 0
     if "--devices.count" not in given and experiment.devices.kind == "pretend":
         most = max([DEVICES, *(m.devices for m in meshes)])
         experiment = replace(experiment, devices=replace(experiment.devices, count=most))
@@ -56,8 +62,14 @@ def main(argv: list[str]) -> int:
     found = devices.start(experiment.devices, keep_memory=False)  # each program runs a few times
     devices.cache_compilations(str(assemble.CACHE / "jax"))
     by = {"both": (), "auto": (Auto(),), "manual": (Manual(),)}[flags.partitioners]
+    with contextlib.suppress(
+        InputError
+    ):  # where -1 cannot be filled here, the config's own mesh is not among them
+        experiment = replace(experiment, mesh=experiment.mesh.resolve(own or len(found)))
     asked = cases(experiment, len(found), meshes, by)
     with Progress(len(asked)) as show:
+        if experiment.mesh not in {case.mesh for case in asked}:
+            show.line(f"the config's own mesh, {experiment.mesh.describe()}, is not among those verified")
         dataset = experiment.data.open(assemble.CACHE / "data")
         show.line(
             f"{experiment.name}: {experiment.rules!r} on {len(asked)} meshes and partitioners, {steps} updates each"
@@ -69,7 +81,9 @@ def main(argv: list[str]) -> int:
     print_verified(made, seconds)
     if flags.json:
         flags.json.parent.mkdir(parents=True, exist_ok=True)
-        flags.json.write_text(json.dumps({**made.to_json(), "seconds": seconds}, indent=1) + "\n")
+        flags.json.write_text(
+            json.dumps({**made.to_json(), "seconds": seconds}, indent=1, allow_nan=False) + "\n"
+        )
     return 1 if made.departed else 0
 
 

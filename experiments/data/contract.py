@@ -74,6 +74,15 @@ class Dataset(abc.ABC):
         out["weights"][~inside] = 0
         return out
 
+    def heldout_facts(self, rows: int) -> Mapping[str, float]:
+        """What is known, without a model, of the text that the labels of the first `rows` held-out rows stand for.
+
+        `bytes_per_token` of a text; a dataset that can read those bytes says their own, and what a model has to beat on
+        them: `unigram_bits_per_byte`, `xz_bits_per_byte`. Empty where rows are no text.
+        """
+        size = self.bytes_per_token_heldout
+        return {} if size is None else {"bytes_per_token": size}
+
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`; InputError for a dataset that holds no text."""
         raise InputError(

@@ -45,6 +45,10 @@ class Text(TextSource):
 
 def _find(path: str) -> tuple[SourceFile, ...]:
     """Files of a path, folder or pattern, named relative to the part before the first wildcard."""
+    if not path:
+        raise InputError(
+            "The path of the text is empty. Give a file, a folder ('.' is this one) or a pattern."
+        )
     given = Path(path).expanduser()
     if given.is_file():
         return list_files([given], given.parent)
@@ -55,8 +59,9 @@ def _find(path: str) -> tuple[SourceFile, ...]:
         wild = next((i for i, part in enumerate(parts) if any(c in part for c in "*?[")), None)
         root = Path(*parts[:wild]) if wild is not None else given
         if wild is None or not root.is_dir():
+            missing = "is neither a file nor a folder" if root.exists() else "does not exist"
             raise InputError(
-                f"There is no text at {path!r}: {root} does not exist. Give a file, a folder or a pattern."
+                f"There is no text at {path!r}: {root} {missing}. Give a file, a folder or a pattern."
             )
         pattern = str(Path(*parts[wild:]))
     found = (

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import takewhile
 
@@ -99,8 +99,14 @@ def _departure(
     return Departure(phase, what, seen.layout.text(), _placed(seen.layout), worst.error, worst.allowed, looks)
 
 
-def of_leaf(step: TrainStep, compared: Compared, found: Trial, want: Trial) -> Departure:
-    """A parameter's gradient, or a leaf of the state, that departs though every named op agrees."""
+def of_leaf(
+    step: TrainStep, compared: Compared, found: Trial, want: Trial, before: Sequence[tuple[Trial, Trial]]
+) -> Departure:
+    """A parameter's gradient, or a leaf of the state, that departs though every named op agrees.
+
+    `before`: both trials after each earlier update. Of a parameter, what the last update made of it is looked at: beside
+    its own values that is small.
+    """
     phase = "gradient" if compared.kind == "gradient" else "update"
     kinds = {"gradient": "gradients", "parameter": "params", "optimizer": "optimizer"}
     mine, right = (getattr(t, kinds[compared.kind])[compared.path] for t in (found, want))
@@ -113,8 +119,13 @@ def of_leaf(step: TrainStep, compared: Compared, found: Trial, want: Trial) -> D
         else Layout(("",) * mine.ndim, ((),) * mine.ndim)
     )
     axes, mine = found.uneven.get(f"{compared.kind} {compared.path}", ((), mine))
+    if compared.kind == "parameter":
+        was = [t.params[path] for t in before[-1]] if before else [t.initial[path] for t in (found, want)]
+        mine, right = mine - was[0], right - was[1]
     looks = diagnose(Error(mine, right, layout, step.split.layouts.sizes, compared.allowed, axes))
     what = f"the {'gradient of' if phase == 'gradient' else compared.kind} {compared.path}"
+    if phase == "update":
+        what += f" after update {len(before) + 1}" if before else " after the first update"
     return Departure(phase, what, layout.text(), _placed(layout), compared.error, compared.allowed, looks)
 
 

@@ -5,13 +5,16 @@ the right one. What is right is the result in double precision. The distance of 
 one device in double, array by array, is a sample of the rounding that the computation makes of itself: it holds the length
 of every sum, the depth of the model, and what the optimizer makes of a gradient near zero. A split may be
 
-    max(MARGIN x that distance, unit x sqrt(n))
+    max(MARGIN x that distance, MARGIN x the median distance of the arrays of its kind, unit x (FEW + sqrt(n)))
 
-from one device, in the same norm. `unit` is the unit roundoff and n the elements a sum runs over: the error of a sum of n
+from one device, in the same norm. The median and the last term stand in where one device happened to round to the exact
+result, as a single number often does. `unit` is the unit roundoff and n the elements a sum runs over: the error of a sum of n
 terms grows as unit x sqrt(n) with probability near one (Higham and Mary 2019, A new approach to probabilistic rounding
-error analysis, theorem 2.4), which stands in where one device happened to round to the exact result. In double precision
-there is nothing better to compare with, and rounding scales with the unit roundoff: the distance is that of the working
-precision times the ratio of the two units.
+error analysis, theorem 2.4); FEW roundings follow it. In double precision there is nothing better to compare with, and
+rounding scales with the unit roundoff: distances are those of the working precision times the ratio of the two units.
+
+A model that computes in a narrower type of its own does so in double as well: no distance shows that rounding, and the
+budget is MARGIN x that type's unit at least.
 """
 
 from __future__ import annotations
@@ -24,8 +27,10 @@ import numpy as np
 
 MARGIN = 16.0
 """Times the rounding of one device that a split may differ by: two roundings, each a few deviations from its mean."""
-UNITS = {"float32": 2.0**-24, "float64": 2.0**-53}
-"""Unit roundoff of the precision that sums are taken in."""
+FEW = 4.0
+"""Roundings of a number besides those of its longest sum."""
+UNITS = {"float16": 2.0**-11, "bfloat16": 2.0**-8, "float32": 2.0**-24, "float64": 2.0**-53}
+"""Unit roundoff, by dtype."""
 MOST = {"float32": 1e-2, "bfloat16": 0.5}
 """Rounding of one device, relative to an array's scale, above which it is no rounding: a budget made of it would pass
 anything."""
@@ -47,6 +52,8 @@ class Compared:
     def share(self) -> float:
         """The part of its budget that the error takes; above 1 the split departs from one device."""
         if math.isnan(self.error):
+            return math.inf
+        if not math.isfinite(self.allowed):
             return math.inf
         return self.error / self.allowed if self.allowed else (0.0 if self.error == 0 else math.inf)
 
@@ -72,6 +79,8 @@ class Budget:
     """Elements that the longest sum runs over."""
     double: bool = False
     """Whether the split computes in double precision too."""
+    within: str = ""
+    """A narrower dtype in which the model computes by itself whatever it is given; "" for none."""
 
     def compare(
         self,
@@ -85,29 +94,30 @@ class Budget:
         floats = [p for p, x in exact.items() if np.issubdtype(x.dtype, np.floating)]
         # An array that is nothing but rounding (the bias of a key, which a softmax does not see) has no scale of its own.
         least = UNITS["float32"] * max((norm(exact[p]) for p in floats), default=0.0)
-        return [self._one(kind, p, found.get(p), single[p], exact[p], least) for p in exact]
+        scales = {p: max(norm(exact[p]), least, 1e-300) for p in floats}
+        noise = {p: norm(_wide(single[p]) - _wide(exact[p])) / scales[p] for p in floats}
+        usual = float(np.median(list(noise.values()))) if noise else 0.0
+        made = []
+        for p, want in exact.items():
+            mine = found.get(p)
+            if mine is None or mine.shape != want.shape:
+                made.append(Compared(kind, p, math.inf, 0.0, 0.0))
+            elif p not in noise:
+                made.append(Compared(kind, p, float(np.any(mine != want)), 0.0, 1.0))
+            else:
+                right = want if self.double else single[p]
+                error = norm(_wide(mine) - _wide(right)) / scales[p] if np.isfinite(mine).all() else math.inf
+                made.append(Compared(kind, p, error, self.allowed(max(noise[p], usual)), scales[p]))
+        return made
 
-    def _one(
-        self,
-        kind: str,
-        path: str,
-        found: np.ndarray | None,
-        single: np.ndarray,
-        exact: np.ndarray,
-        least: float,
-    ) -> Compared:
-        if found is None or found.shape != exact.shape:
-            return Compared(kind, path, math.inf, 0.0, 0.0)
-        if not np.issubdtype(exact.dtype, np.floating):
-            return Compared(kind, path, float(np.any(found != exact)), 0.0, 1.0)
-        norm, scale = NORMS[kind], max(NORMS[kind](exact), least, 1e-300)
-        want = exact if self.double else single
-        wide = lambda x: x.astype(np.float64)
-        noise = norm(wide(single) - wide(exact)) / scale
+    def allowed(self, noise: float) -> float:
+        """What an array may be off by, relative to its scale, where one device is `noise` from double."""
         unit = UNITS["float64" if self.double else "float32"]
         if self.double:
             noise *= UNITS["float64"] / UNITS["float32"]
-        error = norm(wide(found) - wide(want)) / scale
-        if not np.isfinite(found).all():
-            error = math.inf
-        return Compared(kind, path, error, max(MARGIN * noise, unit * math.sqrt(self.terms)), scale)
+        narrow = MARGIN * UNITS[self.within] if self.within else 0.0
+        return max(MARGIN * noise, unit * (FEW + math.sqrt(self.terms)), narrow)
+
+
+def _wide(x: np.ndarray) -> np.ndarray:
+    return x.astype(np.float64)

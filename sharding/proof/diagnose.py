@@ -227,7 +227,7 @@ def _rounding(e: Error) -> str:
     if off >= 2e-2:
         return ""
     precision = "bfloat16" if off > 5e-4 else "float16" if off > 5e-5 else "float32"
-    return f"rounding: {off:.1e} off everywhere, the size of {precision} products, with no structure"
+    return f"no structure, {off:.1e} off everywhere: the size of {precision}'s rounding"
 
 
 def _shard(e: Error, at: int, rows: np.ndarray) -> str:

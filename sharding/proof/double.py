@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TypeVar
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
-from sharding.params import Entry
+from sharding.ledger import equations
 from sharding.proof.trial import widened
+from sharding.step import TrainStep
 
 M = TypeVar("M")
 
@@ -21,6 +24,22 @@ def doubled(model: M) -> M:
         old = variable.get_value()
         variable.set_value(jax.ShapeDtypeStruct(old.shape, widened(old.dtype)))
     inputs = getattr(model, "inputs")  # noqa: B009  (a protocol's field, which a type variable does not show)
-    wide = {k: Entry(e.names, e.row, str(widened(e.dtype))) for k, e in inputs.items()}
+    wide = {k: replace(e, dtype=str(widened(e.dtype))) for k, e in inputs.items()}
     setattr(model, "inputs", wide)  # noqa: B010
     return model
+
+
+def narrowed(step: TrainStep, rows: int) -> str:
+    """The narrowest floating dtype to which a step in double casts something by itself; "" where it casts nothing."""
+    with jax.enable_x64(True):
+        batch = {
+            k: jax.ShapeDtypeStruct(x.shape, widened(x.dtype)) for k, x in step.abstract_batch(rows).items()
+        }
+        jaxpr = jax.make_jaxpr(step.evaluation)(step.abstract_state()["params"], batch)
+    casts = [eqn for eqn, _ in equations(jaxpr.jaxpr, 1) if eqn.primitive.name == "convert_element_type"]
+    to = {
+        str(eqn.outvars[0].aval.dtype)
+        for eqn in casts
+        if eqn.invars[0].aval.dtype == jnp.float64 and jnp.issubdtype(eqn.outvars[0].aval.dtype, jnp.floating)
+    } - {"float64"}
+    return max(to, key=lambda dtype: float(jnp.finfo(dtype).eps), default="")

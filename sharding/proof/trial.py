@@ -39,6 +39,17 @@ class Trial:
     uneven: dict[str, Copies] = field(default_factory=dict)
     """Arrays of which devices that ought to hold the same hold different values, by kind and path."""
 
+    def broken(self) -> str:
+        """The first metric or array that is not finite; "" when all are."""
+        arrays = {
+            "the gradient of": self.gradients,
+            "the parameter": self.params,
+            "the optimizer's": self.optimizer,
+        }
+        metrics = [(f"the metric {k}", np.array(v)) for seen in self.metrics for k, v in seen.items()]
+        named = [(f"{kind} {p}", x) for kind, leaves in arrays.items() for p, x in leaves.items()]
+        return next((name for name, x in metrics + named if not np.isfinite(x).all()), "")
+
 
 class Ready:
     """A step compiled for a trial; compiling and running are apart so that one can go on while another runs."""
@@ -66,11 +77,12 @@ class Ready:
             initial = host(state["params"])
             metrics, gradients = [], None
             for batch in batches:
-                state, seen, grads = self.update(state, self._put(batch))
+                # One at a time: with several queued, XLA:CPU's collectives have waited for each other for ever.
+                state, seen, grads = jax.block_until_ready(self.update(state, self._put(batch)))
                 metrics.append(seen)
                 gradients = gradients if gradients is not None else grads
             flat, _ = jax.tree_util.tree_flatten_with_path(state["optimizer"])
-            moments = {jax.tree_util.keystr(k): x for k, x in flat}
+            moments = {jax.tree_util.keystr(k): x for k, x in flat} | {"step": state["step"]}
             values = tuple({k: float(v) for k, v in seen.items()} for seen in metrics)
             clipped = min(1.0, self.step.clip / max(values[0]["grad_norm"], 1e-12))
             parts = {"gradient": gradients or {}, "parameter": state["params"], "optimizer": moments}

@@ -62,12 +62,7 @@ def _open(path: Path):
 
 def _decoded(path: Path, file, encoding: str) -> Iterator[bytes]:
     """Blocks of the file as UTF-8, each a whole number of characters, checked for NUL."""
-    try:
-        decoder = codecs.getincrementaldecoder(encoding)("strict")
-    except LookupError as error:
-        raise InputError(
-            f"There is no text encoding {encoding!r}; try 'utf-8', 'latin-1' or 'cp1252'."
-        ) from error
+    decoder = _decoder(encoding)
     read = written = 0
     while True:
         pending = len(decoder.getstate()[0])
@@ -94,6 +89,17 @@ def _decoded(path: Path, file, encoding: str) -> Iterator[bytes]:
             return
         read += len(block)
         written += len(text)
+
+
+def _decoder(encoding: str) -> codecs.IncrementalDecoder:
+    """What turns bytes in `encoding` into text; InputError for one that is unknown, or that is not of text."""
+    try:
+        # Python keeps base64, rot13, zip and the like in one table with encodings, and knows which are of text.
+        if getattr(codecs.lookup(encoding), "_is_text_encoding", True):
+            return codecs.getincrementaldecoder(encoding)("strict")
+    except (LookupError, ValueError):  # unknown, or a NUL in its name
+        pass
+    raise InputError(f"There is no text encoding {encoding!r}; try 'utf-8', 'latin-1' or 'cp1252'.")
 
 
 def _cut_at_newlines(blocks: Iterable[bytes]) -> Iterator[bytes]:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.data.store.corpus import Corpus
-from experiments.data.store.statistics import TextStatistics, cross_entropy_bits, entropy_bits
+from experiments.data.store.statistics import TextStatistics
 from experiments.data.store.token_writer import TokenWriter, sync_folder
 from experiments.data.store.tokenizer import BPETokenizer, Tokenizer
 from sharding.errors import InputError
@@ -125,7 +125,11 @@ def _facts(
     statistics: dict[str, TextStatistics],
     sha256: str,
 ) -> dict[str, Any]:
-    """What is known of the corpus. Bytes are of text with one 0 byte at the end of each document."""
+    """What is known of the corpus. Bytes are of text with one 0 byte at the end of each document.
+
+    `heldout_..._bits_per_byte` are of the whole held-out side. What a run evaluates may be the first rows of it only:
+    `train_byte_counts` are there to say the same of those rows.
+    """
     train, heldout = (statistics[s] for s in SPLITS)
     facts: dict[str, Any] = {
         "name": corpus.name,
@@ -137,11 +141,9 @@ def _facts(
         "tokenizer": tokenizer.name,
         "tokenizer_sha256": hashlib.sha256(tokenizer.fingerprint.encode()).hexdigest(),
         "vocab": tokenizer.vocab,
-        "unigram_bits_per_byte": cross_entropy_bits(heldout.counts, train.counts),
-        "heldout_entropy_bits_per_byte": entropy_bits(heldout.counts),
-        "xz_bits_per_byte": heldout.xz_bits_per_byte(),
-        "xz_bytes": heldout.xz_bytes,
+        "train_byte_counts": train.counts.tolist(),
     }
+    facts |= {f"heldout_{name}": value for name, value in heldout.facts(train.counts).items()}
     for split, writer in writers.items():
         facts[f"{split}_bytes"] = writer.text_bytes
         facts[f"{split}_tokens"] = writer.tokens

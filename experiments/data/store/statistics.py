@@ -10,7 +10,7 @@ XZ_BYTES = 16 << 20  # xz at preset 6 reads about 2 MB/s: longer held-out text i
 
 
 class TextStatistics:
-    """Byte counts of a text that streams by; with `xz`, also how far xz compresses its first XZ_BYTES."""
+    """Byte counts of a text that streams by; with compress="xz", also how far xz compresses its first XZ_BYTES."""
 
     def __init__(self, compress: str = "none"):
         self.counts = np.zeros(256, np.int64)
@@ -31,6 +31,20 @@ class TextStatistics:
             raise ValueError("xz was not asked for, or no text came by")
         self._packed += len(self._xz.flush())
         return 8 * self._packed / self.xz_bytes
+
+    def facts(self, training: np.ndarray) -> dict[str, float]:
+        """What simple models make of the text, in bits per byte. Call once, at the end.
+
+        `unigram_bits_per_byte`: coded by the byte frequencies of the training text, whose counts are `training` (256,);
+        `entropy_bits_per_byte`: by its own; with xz, `xz_bits_per_byte` and the `xz_bytes` of text that it is of.
+        """
+        facts = {
+            "unigram_bits_per_byte": cross_entropy_bits(self.counts, training),
+            "entropy_bits_per_byte": entropy_bits(self.counts),
+        }
+        if self._xz:
+            facts |= {"xz_bits_per_byte": self.xz_bits_per_byte(), "xz_bytes": self.xz_bytes}
+        return facts
 
 
 def cross_entropy_bits(text: np.ndarray, model: np.ndarray) -> float:

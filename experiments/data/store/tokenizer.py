@@ -34,13 +34,18 @@ class Tokenizer(abc.ABC):
         """Token ids (n,) of a piece of UTF-8 text without NUL bytes; no separator is added."""
 
     @abc.abstractmethod
+    def text(self, ids: np.ndarray) -> bytes:
+        """The bytes that ids (n,) of the vocabulary stand for, one 0 byte for each separator."""
+
     def decode(self, ids: Iterable[int]) -> str:
         """Text of ids; bytes that are not UTF-8 read as U+FFFD, separators as U+2404."""
+        text = self.text(self.check_ids(ids))
+        return text.decode("utf-8", errors="replace").replace("\0", SEPARATOR_SIGN)
 
-    def check_ids(self, ids: Iterable[int]) -> list[int]:
-        """The ids as a list; InputError when one is outside the vocabulary."""
-        out = [int(i) for i in ids]
-        if bad := [i for i in out if not 0 <= i < self.vocab]:
+    def check_ids(self, ids: Iterable[int]) -> np.ndarray:
+        """The ids as an array (n,); InputError when one is outside the vocabulary."""
+        out = ids if isinstance(ids, np.ndarray) else np.array([int(i) for i in ids], np.int64)
+        if len(bad := out[(out < 0) | (out >= self.vocab)]):
             raise InputError(f"Token id {bad[0]} is outside the {self.name} vocabulary of {self.vocab}.")
         return out
 
@@ -53,8 +58,8 @@ class ByteTokenizer(Tokenizer):
     def encode(self, text: bytes) -> np.ndarray:
         return np.frombuffer(text, np.uint8)
 
-    def decode(self, ids: Iterable[int]) -> str:
-        return bytes(self.check_ids(ids)).decode("utf-8", errors="replace").replace("\0", SEPARATOR_SIGN)
+    def text(self, ids: np.ndarray) -> bytes:
+        return ids.astype(np.uint8).tobytes()
 
 
 class BPETokenizer(Tokenizer):
@@ -87,14 +92,12 @@ class BPETokenizer(Tokenizer):
         ids = self._tokenizer.encode(text.decode("utf-8"), add_special_tokens=False).ids
         return np.array(ids, dtype=np.uint32)
 
-    def decode(self, ids: Iterable[int]) -> str:
-        runs: list[list[int]] = [[]]
-        for i in self.check_ids(ids):
-            if i == self.separator:
-                runs.append([])
-            else:
-                runs[-1].append(i)
-        return SEPARATOR_SIGN.join(self._tokenizer.decode(run, skip_special_tokens=False) for run in runs)
+    def text(self, ids: np.ndarray) -> bytes:
+        """As in the base; of a character that an end of `ids` or a separator cuts, the bytes are those of U+FFFD."""
+        ends = np.flatnonzero(ids == self.separator)
+        runs = (run.tolist() for run in np.split(ids, np.sort(np.concatenate([ends, ends + 1]))))
+        texts = [self._tokenizer.decode(run, skip_special_tokens=False) for run in runs]
+        return b"\0".join(text.encode() for text in texts[::2])
 
 
 def load_tokenizer(spec: str | Path) -> Tokenizer:
@@ -107,7 +110,14 @@ def load_tokenizer(spec: str | Path) -> Tokenizer:
             f"There is no tokenizer at {path}: give 'bytes', or the path of a tokenizer.json of the `tokenizers` "
             "library (`shardlab tokenize SOURCE --train-bpe 4096 --out DIR` trains one)."
         )
-    return BPETokenizer(path.read_text(encoding="utf-8"), str(path))
+    try:
+        source = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(
+            f"The tokenizer {path} cannot be read as UTF-8 text ({error}). Give a tokenizer.json of the `tokenizers` "
+            "library."
+        ) from error
+    return BPETokenizer(source, str(path))
 
 
 def train_bpe(pieces: Iterable[bytes], vocab: int) -> BPETokenizer:

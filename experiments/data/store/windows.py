@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from experiments.data.contract import Dataset, RowSpec, Split
+from experiments.data.store.statistics import XZ_BYTES, TextStatistics
 from experiments.data.store.token_file import TokenFile, open_token_file
 from experiments.data.store.tokenizer import load_tokenizer
 from sharding.errors import InputError
@@ -42,6 +44,7 @@ class WindowDataset(Dataset):
             "labels": RowSpec((length,), "int32"),
             "weights": RowSpec((length,), "float32"),
         }
+        self._train_byte_counts = np.array(facts.pop("train_byte_counts"), np.int64)
         self.facts = facts
         self.bytes_per_token_heldout = facts["heldout_bytes"] / facts["heldout_tokens"]
 
@@ -51,6 +54,17 @@ class WindowDataset(Dataset):
         windows = self.files[split].tokens[starts + np.arange(self.length + 1)].astype(np.int32)
         weights = np.ones((len(windows), self.length), np.float32)
         return {"tokens": windows[:, :-1].copy(), "labels": windows[:, 1:].copy(), "weights": weights}
+
+    def heldout_facts(self, rows: int) -> dict[str, float]:
+        """What the labels of the first `rows` held-out windows stand for: `tokens`, `bytes`, `bytes_per_token`, and what
+        simple models make of these very bytes, as `TextStatistics.facts` says it; xz of up to XZ_BYTES only.
+        """
+        labels = self.files["heldout"].tokens[1 : min(rows, self.heldout_rows) * self.length + 1]
+        text = self.tokenizer.text(labels)
+        statistics = TextStatistics("xz" if len(text) <= XZ_BYTES else "none")
+        statistics.add(text)
+        sizes = {"tokens": len(labels), "bytes": len(text), "bytes_per_token": len(text) / len(labels)}
+        return sizes | statistics.facts(self._train_byte_counts)
 
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`, without a separator. InputError for text with NUL."""
@@ -80,13 +94,16 @@ class WindowDataset(Dataset):
 def _open_side(folder: Path, split: str, facts: dict[str, Any]) -> TokenFile:
     """One token file, checked against the facts beside it."""
     opened = open_token_file(folder / f"{split}.tokens")
-    found = (opened.header.payload_sha256, opened.header.tokens, opened.header.vocab)
-    expected = (facts[f"{split}_payload_sha256"], facts[f"{split}_tokens"], facts["vocab"])
+    head = opened.header
+    found = (head.payload_sha256, head.tokens, head.vocab, head.text_bytes)
+    expected = tuple(
+        facts[k] for k in (f"{split}_payload_sha256", f"{split}_tokens", "vocab", f"{split}_bytes")
+    )
     if found != expected:
         raise InputError(
             f"{opened.path} does not belong to the facts.json beside it: it has {found[1]} tokens (sha256 "
-            f"{found[0][:16]}..., vocab {found[2]}), facts.json says {expected[1]} ({str(expected[0])[:16]}..., "
-            f"vocab {expected[2]}). Build the folder again."
+            f"{found[0][:16]}..., vocab {found[2]}) of {found[3]} bytes, facts.json says {expected[1]} "
+            f"({str(expected[0])[:16]}..., vocab {expected[2]}) of {expected[3]}. Build the folder again."
         )
     return opened
 
@@ -98,7 +115,7 @@ def _read_facts(folder: Path) -> dict[str, Any]:
             f"{folder} is no folder of token files: it has no facts.json. "
             "Write one with `shardlab tokenize SOURCE --out DIR`."
         )
-    needed = {"tokenizer", "vocab"} | {
+    needed = {"tokenizer", "vocab", "train_byte_counts"} | {
         f"{split}_{what}" for split in ("train", "heldout") for what in ("payload_sha256", "tokens", "bytes")
     }
     try:
@@ -108,4 +125,25 @@ def _read_facts(folder: Path) -> dict[str, Any]:
         raise InputError(f"{path} is not readable JSON ({error}). Build the folder again.") from error
     if missing:
         raise InputError(f"{path} lacks {', '.join(missing)}. Build the folder again.")
+    _check_figures(path, facts)
     return facts
+
+
+def _check_figures(path: Path, facts: Any) -> None:
+    """Refuse, with InputError, figures that a run would fail with later; the token files' own are compared with them."""
+    if not isinstance(facts, dict):
+        raise InputError(
+            f"{path} holds a JSON {type(facts).__name__}, not an object. Build the folder again."
+        )
+    counts = facts["train_byte_counts"]
+    whole = isinstance(counts, list) and all(type(n) is int and n >= 0 for n in counts)
+    if not whole or len(counts) != 256 or sum(counts) != facts["train_bytes"]:
+        raise InputError(
+            f"train_byte_counts in {path} are not 256 whole numbers of at least 0 that add up to train_bytes = "
+            f"{facts['train_bytes']!r}. Build the folder again."
+        )
+    for name, value in facts.items():
+        if name.endswith("_bits_per_byte") and (type(value) not in (int, float) or not 0 <= value < math.inf):
+            raise InputError(
+                f"{name} in {path} is {value!r}, but it is a number of at least 0. Build the folder again."
+            )
