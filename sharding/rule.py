@@ -183,7 +183,7 @@ def _check_placing(role: str, placing: object) -> None:
         if not isinstance(name, str) or not isinstance(axis, (str, Split)):
             raise InputError(
                 f"Rule({role}={{{name!r}: {axis!r}}}): {meant}; a name is a text, and an axis a text, also(axis) or "
-                f"if_free(axis). Change {role}."
+                f"if_free(axis). A dim that several axes split is placed once by each rule, with also(axis). Change {role}."
             )
 
 

@@ -25,7 +25,7 @@ import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from experiments.checkpoint_folder import SEAL, missing
+from experiments.checkpoint_folder import SEAL, missing, seal
 from experiments.checkpoints import CheckpointStore, sealed_steps
 from sharding.errors import InputError
 
@@ -281,6 +281,7 @@ def test_leftovers_of_a_killed_save_and_a_killed_deletion_go(copy: Path, abstrac
 def test_files_that_are_whole_in_size_but_unreadable_are_reported(copy: Path, abstract: Any) -> None:
     target = copy / "20" / "state" / "_METADATA"
     target.write_bytes(bytes(target.stat().st_size))
+    seal(copy / "20", 20)  # as if they had been written so
     said = _refusal(copy, abstract)
     assert "step 20" in said
     assert "cannot be read" in said

@@ -117,8 +117,9 @@ def test_rules_gone_wrong_are_told_in_one_paragraph() -> None:
         Split("data", "eror")
     with pytest.raises(InputError, match="'regather' or 'keep'"):
         Manual(gathered="kept")  # pyright: ignore[reportArgumentType]
+    with pytest.raises(InputError, match="with also"):
+        made(activation={"batch": ("data", "fsdp")})
     for rules, said in (
-        (made(activation={"batch": ("data", "fsdp")}), "with also"),
         (made(compute=lambda ask: None), "must return a mapping"),
         (made(activation=first_dim("data")), "laid out by their names"),
         (data() | fsdp() | tensor(axis=3), "does not exist"),  # pyright: ignore[reportArgumentType]
