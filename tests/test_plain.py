@@ -119,10 +119,12 @@ def test_rules_gone_wrong_are_told_in_one_paragraph() -> None:
         Manual(gathered="kept")  # pyright: ignore[reportArgumentType]
     with pytest.raises(InputError, match="with also"):
         made(activation={"batch": ("data", "fsdp")})
+    with pytest.raises(InputError, match=r"an axis a text"):
+        tensor(axis=3)  # pyright: ignore[reportArgumentType]
     for rules, said in (
         (made(compute=lambda ask: None), "must return a mapping"),
         (made(activation=first_dim("data")), "laid out by their names"),
-        (data() | fsdp() | tensor(axis=3), "does not exist"),  # pyright: ignore[reportArgumentType]
+        (data() | fsdp() | tensor(axis="tensors"), "does not exist"),
         (data() | tensor() | replicated("mlp"), "declares that mlp stays whole"),
     ):
         with pytest.raises(InputError, match=said):
