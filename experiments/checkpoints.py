@@ -4,14 +4,14 @@ A folder of checkpoints holds one directory a step, named by the step's number::
 
     <folder>/120/state/       every array of the training state (Orbax, OCDBT)
     <folder>/120/meta/        JSON: what the caller said of the run, "step", "tree" {path: [shape, dtype]}
-    <folder>/120/sealed.json  every file of the two with its size; written when all of them are on the disk,
+    <folder>/120/sealed.json  every file of the two, its size and sha256; written when all of them are on the disk,
                               before Orbax renames the directory from its temporary name to this one
     <folder>/set-aside/       steps that were found incomplete, kept for whoever wants to look
     <folder>/deleting/        steps on their way out: renamed first, deleted then
 
 A step without a seal, or with a file that is missing or of another length, is no checkpoint: nothing here
-restores it, lists it, or stumbles over it. So a kill at any moment (while writing, while sealing, while an
-old step is being deleted) leaves the newest sealed step as it was.
+restores it, lists it, or stumbles over it; one of other bytes is refused when it is read. So a kill at any
+moment (while writing, sealing, or deleting an old step) leaves the newest sealed step as it was.
 
 On the disk the state is a tree of plain dicts keyed by the parts of each leaf's path, so optax's NamedTuples
 and EmptyStates, tuples and dicts all come back into whatever structure is asked for, and any other tool can
@@ -77,6 +77,7 @@ class CheckpointStore:
         self.folder = Path(os.path.abspath(folder))
         self.keep = keep
         self.notes: list[str] = []
+        self._whole: set[int] = set()
         self._primary = jax.process_index() == 0
         self._manager: Any = None
         self._saving: int | None = None
@@ -189,11 +190,6 @@ class CheckpointStore:
             if step is None:
                 raise InputError(f"nothing to restore: {self.folder} holds no sealed checkpoint.")
         self._check_sealed(step)
-        if harm := damaged(self.folder / str(step)):
-            raise InputError(
-                f"step {step} of {self.folder} cannot be restored: {harm}, so its numbers would be others. "
-                f"{self._instead(step)}"
-            )
         import jax
         import orbax.checkpoint as ocp
 
@@ -268,6 +264,11 @@ class CheckpointStore:
                 f"step {step} of {self.folder} cannot be restored: {lack}. Its sealed steps are "
                 f"{self.steps()}."
             )
+        if step not in self._whole and (harm := damaged(self.folder / str(step))):
+            raise InputError(
+                f"step {step} of {self.folder} cannot be restored: {harm}. {self._instead(step)}"
+            )
+        self._whole.add(step)
 
     @contextlib.contextmanager
     def _reading(self, step: int) -> Iterator[None]:

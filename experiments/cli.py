@@ -11,6 +11,7 @@ where `Flags` is its own frozen dataclass of options. Nothing here imports jax; 
 from __future__ import annotations
 
 import ast
+import contextlib
 import dataclasses
 import errno
 import importlib
@@ -72,9 +73,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _show_what_can_be_shown() -> None:
-    """A terminal that cannot show a character shows `?`, and a closed standard output takes everything."""
+    """A terminal that cannot show a character shows `?`, and a closed standard stream takes everything."""
     if sys.stdout is None:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (it lives as long as the process)
+    if sys.stderr is None:
+        sys.stderr = sys.stdout
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
@@ -87,13 +90,16 @@ def _print_no_more() -> None:
 
 def _refused(error: OSError) -> str:
     """What the system refused, where nothing nearer said it better: a full disk, a name too long, no permission."""
-    if error.errno == errno.ENOSPC and error.filename is None:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO) and error.filename is None:
+        with contextlib.suppress(OSError):
+            sys.stdout.flush()
         _print_no_more()
-        return (
-            "standard output cannot be written (No space left on device). Free some room or print elsewhere."
-        )
+        return f"standard output or a file of the run cannot be written ({error.strerror}). Free some room there."
     name = f"{str(error.filename)[:200]!r} " if error.filename else ""
-    return f"the system refused {name}({error.strerror or error}). Give another path, or change what stands there."
+    return (
+        f"the system refused {name}({error.strerror or error}). Give another path, or change what stands there; --debug "
+        f"shows where it happened."
+    )
 
 
 def read(argv: Sequence[str], flags: type[F]) -> tuple[Experiment, F, Origin]:

@@ -87,8 +87,7 @@ def verify(
         raise InputError(f"None of the {len(asked)} meshes can be used. The first: {outcomes[0].refused}")
     _own_stands(experiment, outcomes)
     outcomes = work.explained(outcomes)
-    order = {case: i for i, case in enumerate(asked)}
-    outcomes.sort(key=lambda o: order[o.case])
+    outcomes.sort(key=lambda o: asked.index(o.case))
     terms, leaves = work.budget.terms, len(work.single.gradients)
     precision = "float64" if x64 else "float32"
     return Verified(tuple(outcomes), steps, work.rows, terms, leaves, precision, work.budget.within)
@@ -157,7 +156,7 @@ class _Work:
     def _check_rounding(self) -> None:
         """Refuse a model that computes something else in double: the difference would be taken for rounding."""
         own = self.budget.within or str(getattr(self.experiment.model, "dtype", ""))
-        most = MOST["bfloat16" if "16" in own else "float32"]
+        most = MOST["float32" if own in ("", "float32", "float64") else "bfloat16"]
         got, want = self.single.gradients, self.exact.gradients
         overall = max(largest(g) for g in want.values())
         for path, exact in want.items():
@@ -285,8 +284,9 @@ def _compiling(
 
 def _own_stands(experiment: Experiment, outcomes: Sequence[Outcome]) -> None:
     """Refuse a config whose own mesh and partitioner, the ones it trains with, were refused: others prove nothing of it."""
+    own = (experiment.mesh.sizes(), experiment.partitioner)
     for o in outcomes:
-        if o.refused and (o.case.mesh, o.case.partitioner) == (experiment.mesh, experiment.partitioner):
+        if o.refused and (o.case.mesh.sizes(), o.case.partitioner) == own:
             raise InputError(f"The config's own split ({o.case.title}) is refused. {o.refused}")
 
 

@@ -343,7 +343,7 @@ def test_a_reader_that_leaves_is_not_complained_about(commands: Path) -> None:
 UNREADABLE: dict[str, tuple[str, str]] = {
     "a full standard output": (
         "explain configs/digits_mlp.py > /dev/full",
-        "standard output cannot be written",
+        "standard output or a file of the run cannot be written",
     ),
     "a path part too long": (f"explain {'x' * 300}.py", "File name too long"),
     "a run folder too long": (

@@ -68,7 +68,7 @@ def main(argv: list[str]) -> int:
         experiment = replace(experiment, mesh=experiment.mesh.resolve(own or len(found)))
     asked = cases(experiment, len(found), meshes, by)
     with Progress(len(asked)) as show:
-        if experiment.mesh not in {case.mesh for case in asked}:
+        if experiment.mesh.sizes() not in [case.mesh.sizes() for case in asked]:
             show.line(f"the config's own mesh, {experiment.mesh.describe()}, is not among those verified")
         dataset = experiment.data.open(assemble.CACHE / "data")
         show.line(

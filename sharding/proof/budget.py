@@ -23,14 +23,15 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import jax.numpy as jnp
 import numpy as np
 
 MARGIN = 16.0
 """Times the rounding of one device that a split may differ by: two roundings, each a few deviations from its mean."""
 FEW = 4.0
 """Roundings of a number besides those of its longest sum."""
-UNITS = {"float16": 2.0**-11, "bfloat16": 2.0**-8, "float32": 2.0**-24, "float64": 2.0**-53}
-"""Unit roundoff, by dtype."""
+UNITS = {"float32": 2.0**-24, "float64": 2.0**-53}
+"""Unit roundoff of the precision that sums are taken in."""
 MOST = {"float32": 1e-2, "bfloat16": 0.5}
 """Rounding of one device, relative to an array's scale, above which it is no rounding: a budget made of it would pass
 anything."""
@@ -115,7 +116,7 @@ class Budget:
         unit = UNITS["float64" if self.double else "float32"]
         if self.double:
             noise *= UNITS["float64"] / UNITS["float32"]
-        narrow = MARGIN * UNITS[self.within] if self.within else 0.0
+        narrow = MARGIN * float(jnp.finfo(self.within).eps) / 2 if self.within else 0.0
         return max(MARGIN * noise, unit * (FEW + math.sqrt(self.terms)), narrow)
 
 

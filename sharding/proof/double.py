@@ -36,10 +36,13 @@ def narrowed(step: TrainStep, rows: int) -> str:
             k: jax.ShapeDtypeStruct(x.shape, widened(x.dtype)) for k, x in step.abstract_batch(rows).items()
         }
         jaxpr = jax.make_jaxpr(step.evaluation)(step.abstract_state()["params"], batch)
-    casts = [eqn for eqn, _ in equations(jaxpr.jaxpr, 1) if eqn.primitive.name == "convert_element_type"]
+    floats = [
+        (eqn.invars[0].aval.dtype, eqn.outvars[0].aval.dtype)
+        for eqn, _ in equations(jaxpr.jaxpr, 1)
+        if eqn.primitive.name == "convert_element_type"
+    ]
+    eps = lambda dtype: float(jnp.finfo(dtype).eps)
     to = {
-        str(eqn.outvars[0].aval.dtype)
-        for eqn in casts
-        if eqn.invars[0].aval.dtype == jnp.float64 and jnp.issubdtype(eqn.outvars[0].aval.dtype, jnp.floating)
-    } - {"float64"}
+        str(b) for a, b in floats if all(jnp.issubdtype(x, jnp.floating) for x in (a, b)) and eps(b) > eps(a)
+    }
     return max(to, key=lambda dtype: float(jnp.finfo(dtype).eps), default="")
