@@ -10,6 +10,8 @@ from experiments.progress import clock, terminal
 from experiments.verified import KINDS, Outcome, Verified
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from experiments.progress import Progress
     from sharding.proof.bisect import Departure
     from sharding.proof.budget import Compared
@@ -86,8 +88,8 @@ _PHASES = {
 }
 
 
-def _departure(console: object, d: Departure) -> None:
-    say = lambda text: console.print(text, markup=False)  # type: ignore[attr-defined]
+def _departure(console: Console, d: Departure) -> None:
+    say = lambda text: console.print(text, markup=False)
     say(f"  first    {d.what}")
     say(f"  lies     {d.layout}")
     for placed in d.placed:

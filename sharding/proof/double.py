@@ -25,7 +25,7 @@ def doubled(model: M) -> M:
         variable.set_value(jax.ShapeDtypeStruct(old.shape, widened(old.dtype)))
     inputs = getattr(model, "inputs")  # noqa: B009  (a protocol's field, which a type variable does not show)
     wide = {k: replace(e, dtype=str(widened(e.dtype))) for k, e in inputs.items()}
-    setattr(model, "inputs", wide)  # noqa: B010
+    setattr(model, "inputs", wide)  # noqa: B010  (as above)
     return model
 
 

@@ -134,6 +134,7 @@ def copies(x: jax.Array) -> Copies | None:
     ]
     if all(np.array_equal(a, b, equal_nan=jnp.issubdtype(x.dtype, jnp.inexact)) for a, b in pairs):
         return None
+    # Only an array that lies on a mesh by names can differ between its copies here.
     mesh, spec = x.sharding.mesh, x.sharding.spec  # pyright: ignore[reportAttributeAccessIssue]
     used = {a for dim in spec if dim is not None for a in (dim if isinstance(dim, tuple) else (dim,))}
     axes = tuple(a for a, n in mesh.shape.items() if n > 1 and a not in used)

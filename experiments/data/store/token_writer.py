@@ -27,7 +27,7 @@ class TokenWriter:
         self._payload, self._index, self._text = hashlib.sha256(), hashlib.sha256(), hashlib.sha256()
         self._temporary = self.path.with_name(f".{self.path.name}.{uuid.uuid4().hex}")
         self._file = open(self._temporary, "wb", buffering=1 << 20)  # noqa: SIM115 (closed in __exit__)
-        self._offsets = open(f"{self._temporary}.offsets", "w+b", buffering=1 << 16)  # noqa: SIM115
+        self._offsets = open(f"{self._temporary}.offsets", "w+b", buffering=1 << 16)  # noqa: SIM115 (as above)
         self._file.write(bytes(HEADER_BYTES))
         self._add_offset()
 
