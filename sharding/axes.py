@@ -26,6 +26,9 @@ NAMES = {
     "vocab": "V",  # tokens of the vocabulary
     "layers": "N",  # layers stacked in one array
     "expert": "E",  # experts of a mixture
+    "queries": "Q",  # positions that ask, inside attention
+    "keys": "M",  # positions that are asked, inside attention
+    "slots": "S",  # places for tokens at an expert
     "features": "I",  # input features that are not a sequence
     "classes": "C",  # classes of a classifier
 }

@@ -176,7 +176,7 @@ class Layouts:
     ) -> str:
         """A sentence when the placement is declined, "" when it stands; InputError when it is a conflict."""
         old = taken.get(new.axis)
-        if old is not None and split.when_taken != "decline":
+        if old is not None and not split.when_taken.endswith("decline"):
             raise InputError(
                 f"{path}: rule {new.rule} ({new.source}) splits {new.name} over axis {new.axis!r}, which rule {old.rule} "
                 f"({old.source}) already uses for {old.name}. One axis can split one dim of an array: give one of the "
@@ -188,7 +188,7 @@ class Layouts:
                 f"{on_dim[0].axis!r} and {new.rule} ({new.source}) over {new.axis!r}. Drop one, or let the later one "
                 f"split further with also({new.axis!r})."
             )
-        if split.when_taken == "decline" and (old is not None or on_dim):
+        if old is not None or (on_dim and split.when_taken == "decline"):
             first = old or on_dim[0]
             return f"{new.rule} left {new.name} whole: {first.rule} uses {first.axis!r} for {first.name}"
         return ""
@@ -241,6 +241,17 @@ class Layouts:
                     f"Mesh axis {axis} has {size} devices, but no rule of the chain {self.rules!r} splits any array over "
                     f"it: they would all do the same work. Set mesh axis {axis} to 1, or add a rule that uses it."
                 )
+
+
+def contribution_axes(params: Mapping[str, ParamLayouts], inputs: list[Layout]) -> dict[str, frozenset[str]]:
+    """Axes over which each parameter's gradient is contributed: those that split the batch's rows everywhere, and those
+    that split another dim of the inputs and no parameter in use; but none that splits the parameter itself in use.
+    """
+    rows = [{a for n, dim in zip(x.names, x.dims, strict=True) if n == "batch" for a in dim} for x in inputs]
+    everywhere = set.intersection(*rows) if rows else set()
+    used = {a for p in params.values() for a in p.compute.axes}
+    tokens = {a for x in inputs for a in x.axes} - used | everywhere
+    return {p: frozenset(tokens) - frozenset(x.compute.axes) for p, x in params.items()}
 
 
 def local_shape(shape: tuple[int, ...], dims: Dims, sizes: Mapping[str, int]) -> tuple[int, ...]:

@@ -33,11 +33,14 @@ class Split:
     axis: str
     when_taken: str = "error"
     """"error": a taken dim or axis is a conflict. "also": a taken dim is split further by this axis, inside the split
-    it has. "decline": the placement is left out, counted and explained."""
+    it has. "decline": the placement is left out, counted and explained. "also or decline": a taken dim is split further,
+    a taken axis declines."""
 
     def __post_init__(self) -> None:
-        if self.when_taken not in ("error", "also", "decline"):
-            raise InputError(f"Split.when_taken is {self.when_taken!r}; it is 'error', 'also' or 'decline'.")
+        if self.when_taken not in ("error", "also", "decline", "also or decline"):
+            raise InputError(
+                f"Split.when_taken is {self.when_taken!r}; it is 'error', 'also', 'decline' or 'also or decline'."
+            )
 
 
 def also(axis: str) -> Split:
@@ -48,6 +51,11 @@ def also(axis: str) -> Split:
 def if_free(axis: str) -> Split:
     """Split the dim over `axis` unless an earlier rule has used dim or axis in this array (sequence parallelism)."""
     return Split(axis, "decline")
+
+
+def also_if_free(axis: str) -> Split:
+    """Split the dim over `axis` as well, unless an earlier rule has used the axis in this array."""
+    return Split(axis, "also or decline")
 
 
 @dataclass(frozen=True)

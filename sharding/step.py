@@ -20,7 +20,7 @@ from jax import Array, lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from sharding.accumulate import accumulated
-from sharding.layout import Layout, Layouts, ParamLayouts
+from sharding.layout import Layout, Layouts, ParamLayouts, contribution_axes
 from sharding.params import Model, ParamSpec, bind, declare, initial, lay
 from sharding.partitioner import Manual, Partitioner
 from sharding.region import Listener, Region, enter, wide
@@ -64,8 +64,7 @@ class TrainStep:
         self.inputs: dict[str, Layout] = {
             k: split.layouts.activation(tuple(entry.names.split())) for k, entry in model.inputs.items()
         }
-        used = {a for p in self.layouts.values() for a in p.compute.axes}
-        self.token_axes = frozenset(a for x in self.inputs.values() for a in x.axes) - used
+        self._varies = contribution_axes(self.layouts, list(self.inputs.values()))
         self.step = jax.jit(self.update, donate_argnums=0, out_shardings=(self.state_shardings(), None))
         self.evaluate = jax.jit(self.evaluation)
 
@@ -184,10 +183,14 @@ class TrainStep:
         sums = bind(self.model, params).loss(dict(batch))
         return sums["loss"], sums
 
+    def contributed(self, params: Mapping[str, Array]) -> dict[str, Array]:
+        """Parameters of the manual region typed as varying over the axes that split the tokens: each device's gradient is
+        its own contribution then, reduced once a step and not at every use, layer and micro-batch.
+        """
+        return {p: vary(w, self._varies[p]) for p, w in params.items()}
+
     def _manual_gradients(self, params, batch):
-        # Varying over the token axes from here on: each device's own contribution, reduced once below and not at
-        # every use, layer and micro-batch.
-        held = {p: vary(w, self.token_axes) for p, w in params.items()}
+        held = self.contributed(params)
 
         def one(batch):
             with enter(self.region()):

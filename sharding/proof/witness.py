@@ -21,7 +21,7 @@ from sharding.params import bind
 from sharding.partitioner import Manual
 from sharding.proof.trial import copies, host, widened
 from sharding.region import Tap, enter
-from sharding.relayout import vary, varying
+from sharding.relayout import varying
 from sharding.step import TrainStep
 
 
@@ -99,7 +99,7 @@ class _Listening:
         jax.eval_shape(self._mapped(forward, PartitionSpec()), self.params, self.batch)
 
     def _varied(self, params: dict[str, Array]) -> dict[str, Array]:
-        return {p: vary(w, self.step.token_axes) for p, w in params.items()} if self.manual else params
+        return self.step.contributed(params) if self.manual else params
 
     def _zero(self, layout: Layout, shape: Any) -> Any:
         if not jnp.issubdtype(shape.dtype, jnp.inexact):
