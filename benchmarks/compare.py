@@ -24,7 +24,7 @@ from other_programs import start_up, torch_ratios
 from workload import TRANSFORMER_85M, Sizes, initial_weights, keep_freed_memory, sample_batch
 
 HERE = Path(__file__).resolve().parent
-TIME_LIMITS = {"one": 1.03, "data": 1.03, "fsdp": 1.03, "tensor": 1.05}
+TIME_LIMITS = {"one": 1.03, "data": 1.03, "fsdp": 1.03, "tensor": 1.05, "context": 1.05}
 BYTES_LIMIT, START_LIMIT = 1.02, 1.5
 LOSS_TOLERANCE = {"float32": 1e-5, "bfloat16": 1e-2}
 """Relative difference of the last losses: rounding through a dozen AdamW updates."""
@@ -49,6 +49,7 @@ def experiment(split: str, sizes: Sizes) -> Any:
     from models.transformer_config import TransformerConfig
     from sharding.axes import MeshShape
     from sharding.rule import Rules
+    from sharding.rules.context import context
     from sharding.rules.data import data
     from sharding.rules.fsdp import fsdp
     from sharding.rules.tensor import tensor
@@ -58,6 +59,7 @@ def experiment(split: str, sizes: Sizes) -> Any:
         "data": (data(), MeshShape(data=8)),
         "fsdp": (fsdp(), MeshShape(fsdp=8)),
         "tensor": (data() | tensor(), MeshShape(data=2, tensor=4)),
+        "context": (context(), MeshShape(context=8)),
         "data2": (data(), MeshShape(data=2)),
         "fsdp2": (fsdp(), MeshShape(fsdp=2)),
     }
@@ -108,13 +110,20 @@ def build_ours(split: str, sizes: Sizes) -> tuple[Any, Any, Any]:
 
 def compare(split: str, rounds: int, sizes: Sizes) -> dict[str, Any]:
     """Alternate both steps of a split for `rounds` rounds after a warm-up round; medians, ratios, bytes, losses."""
+    from dataclasses import replace
+
     import hand_written
+    import hand_written_ring
     import jax
 
     from experiments.explanation import explain
     from experiments.peaks import peak
 
-    step, state, put = hand_written.build(split, sizes)  # type: ignore[arg-type]  # checked when it was parsed
+    if split == "context":  # the same tokens in longer sequences: 256 positions a device
+        sizes = replace(sizes, batch=2, length=2048)
+        step, state, put = hand_written_ring.build(sizes)
+    else:
+        step, state, put = hand_written.build(split, sizes)  # type: ignore[arg-type]  # checked when it was parsed
     batch = put(sample_batch(sizes))
     sides = {
         "hand_written": [step.lower(state, batch).compile(), state, batch],

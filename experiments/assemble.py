@@ -81,6 +81,7 @@ def check_batch(experiment: Experiment, step: TrainStep) -> None:
 def check_data(experiment: Experiment, dataset: Dataset, step: TrainStep) -> None:
     """Refuse a dataset whose rows are not what the model reads: entries, dims, vocabulary."""
     inputs: Any = step.model.inputs
+    _check_documents(experiment, dataset, step)
     missing = sorted(set(inputs) - set(dataset.inputs))
     if missing:
         raise InputError(
@@ -99,6 +100,24 @@ def check_data(experiment: Experiment, dataset: Dataset, step: TrainStep) -> Non
     if vocab is not None and have is not None and have > vocab:
         raise InputError(
             f"The dataset has {have} tokens, but the model's vocabulary is {vocab}. Set model.vocab to at least {have}."
+        )
+
+
+def _check_documents(experiment: Experiment, dataset: Dataset, step: TrainStep) -> None:
+    """Refuse packed documents for a model that would look across them, and running text for one that keeps them apart."""
+    reads, given = ("segments" in entries for entries in (step.model.inputs, dataset.inputs))
+    model, data = type(step.model).__name__, type(experiment.data).__name__
+    if given and not reads:
+        raise InputError(
+            f"The dataset {data} packs several documents into a row (segments says which), but the model {model} reads "
+            f"{', '.join(step.model.inputs)}: each document would see the ones before it in its row. Set model.documents "
+            f"to packed, or data.documents to 'run on'."
+        )
+    if reads and not given:
+        raise InputError(
+            f"The model {model} keeps the documents of a row apart by their segments, but the dataset {data} has "
+            f"{', '.join(dataset.inputs)}: it does not say where a document begins. Set data.documents to packed, or "
+            f"model.documents to 'run on'."
         )
 
 

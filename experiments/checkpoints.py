@@ -32,6 +32,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from experiments.agreement import said_by_all
 from experiments.checkpoint_folder import UNFINISHED, damaged, lock, missing, probe, seal, sealed_steps, sync
 from experiments.checkpoint_orbax import first_line, manager
 from experiments.checkpoint_tidying import clear, retire, tidy
@@ -78,15 +79,15 @@ class CheckpointStore:
         self.keep = keep
         self.notes: list[str] = []
         self._whole: set[int] = set()
-        self._primary = jax.process_index() == 0
+        self._place = jax.process_index(), jax.process_count()
+        self._primary = self._place[0] == 0
         self._manager: Any = None
         self._saving: int | None = None
         self._finished: Future[None] | None = None
         self._background = ThreadPoolExecutor(1, "checkpoint")
         probe(self.folder, jax.process_index())
         self._lock = lock(self.folder) if self._primary else None
-        if self._primary:
-            self.notes += tidy(self.folder)
+        self.notes += tidy(self.folder) if self._primary else []
 
     def __enter__(self) -> CheckpointStore:
         return self
@@ -259,15 +260,14 @@ class CheckpointStore:
             self._orbax().reload()
 
     def _check_sealed(self, step: int) -> None:
-        if lack := missing(self.folder / str(step)):
-            raise InputError(
-                f"step {step} of {self.folder} cannot be restored: {lack}. Its sealed steps are "
-                f"{self.steps()}."
-            )
-        if step not in self._whole and (harm := damaged(self.folder / str(step))):
-            raise InputError(
-                f"step {step} of {self.folder} cannot be restored: {harm}. {self._instead(step)}"
-            )
+        """InputError, the same in every process, for a step that one of them finds not whole; its bytes are read once."""
+        path, why = self.folder / str(step), ""
+        if lack := missing(path):
+            why = f"{lack}. Its sealed steps are {self.steps()}."
+        elif step not in self._whole and (harm := damaged(path, *self._place)):
+            why = f"{harm}. {self._instead(step)}"
+        if found := next(filter(None, said_by_all(why)), ""):
+            raise InputError(f"step {step} of {self.folder} cannot be restored: {found}")
         self._whole.add(step)
 
     @contextlib.contextmanager

@@ -15,7 +15,7 @@ from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
 from experiments.config_file import LOADED, call, execute
 from experiments.data.contract import Source
-from experiments.field_types import check_types
+from experiments.field_types import check_types, python_number
 from experiments.optimizers import AdamW
 from sharding.axes import MeshShape
 from sharding.errors import InputError
@@ -65,7 +65,8 @@ def require(
     if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
         bounds = f"at least {least}" + ("" if most == math.inf else f" and at most {most}{reason}")
         raise InputError(
-            f"{owner}{name} is {value!r}, but {meaning} is a whole number of {bounds}. Change {owner}{name}."
+            f"{owner}{name} is {value!r}, but {meaning} is a whole number of {bounds}. "
+            f"{python_number(value, int) or f'Change {owner}{name}.'}"
         )
 
 

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import functools
+import json
 import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
+from experiments.agreement import said_by_all
 from experiments.config import Sample
 from experiments.data.contract import Dataset
 from experiments.feed import global_batch
+from experiments.record_lines import from_json
+from experiments.record_schema import to_json
 from sharding.errors import InputError
 
 if TYPE_CHECKING:
@@ -32,13 +36,20 @@ def held_out(step: TrainStep, params: Any, dataset: Dataset, rows: int, batches:
     return {name: value / weight for name, value in total.items()} | {unit(dataset): weight}
 
 
-def evaluated(dataset: Dataset, rows: int, batches: int) -> Mapping[str, float]:
-    """What is known without a model of the very text that `held_out` evaluates; empty where the data is no text."""
-    return dataset.heldout_facts(min(rows * batches, dataset.heldout_rows))
+def evaluated(dataset: Dataset, rows: int, batches: int) -> Mapping[str, Any]:
+    """What is known without a model of the very text that `held_out` evaluates; empty where the data is no text.
+
+    Process 0 finds it out and tells the others (a collective).
+    """
+    import jax
+
+    first = jax.process_index() == 0
+    facts = dataset.heldout_facts(min(rows * batches, dataset.heldout_rows)) if first else {}
+    return from_json(json.loads(said_by_all(json.dumps(to_json(facts, "heldout_facts")))[0]))
 
 
-def bits_per_byte(nats: float, text: Mapping[str, float]) -> dict[str, float]:
-    """A loss in nats per token of the `evaluated` text as {"bits_per_byte": ...}; {} where the data is no text."""
+def bits_per_byte(nats: float, text: Mapping[str, Any]) -> dict[str, float]:
+    """A loss in nats per token of the `evaluated` text as {"bits_per_byte": ...}; {} where its bytes are not known."""
     size = text.get("bytes_per_token")
     return {} if size is None else {"bits_per_byte": nats / math.log(2) / size}
 

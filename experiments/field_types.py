@@ -35,8 +35,14 @@ def check_types(value: Any, source: str) -> None:
 
     An int may stand for a float, a bool for no number. Looked into: dataclasses, unions, `Literal`, tuples, lists, sets
     and mappings. Left alone: functions, rules, `Any`, and a protocol that cannot be asked; of a value behind a protocol
-    the fields are checked by its own class. `source` says where the value comes from.
+    the fields are checked by its own class. `source` says where the value comes from. A value that holds itself is
+    refused, whatever its annotation.
     """
+    if ring := _ring(value, "", {}, set()):
+        raise InputError(
+            f"{source} gives a {ring[0]} that is the {ring[1]} which holds it, so it has no end: it could neither be "
+            f"recorded nor compared. Give {ring[0]} another value."
+        )
     fault = _first(value, type(value), "")
     if fault is None:
         return
@@ -44,7 +50,24 @@ def check_types(value: Any, source: str) -> None:
     near = nearest(fault.value, options) if isinstance(fault.value, str) else ""
     raise InputError(
         f"{source} gives {fault.where} = {_shown(fault.value)}, but it takes {words(fault.annotation)}{near}. "
-        f"Change {fault.where}."
+        f"{python_number(fault.value, fault.annotation) or f'Change {fault.where}.'}"
+    )
+
+
+def python_number(value: object, annotation: Any) -> str:
+    """What to write where a value is a number of an array library (numpy's, jax's) and Python's own would do; else "".
+
+    Not converted: a config is frozen, and what it was given is what it compares and is hashed by.
+    """
+    if getattr(value, "shape", None) != () or not hasattr(value, "item"):
+        return ""
+    number: Any = value.item()  # pyright: ignore[reportAttributeAccessIssue]
+    if _first(number, annotation, "") is not None:
+        return ""
+    kind = type(value)
+    return (
+        f"It is a {kind.__module__.partition('.')[0]} {kind.__name__}, and a config holds Python's own numbers: write "
+        f"{type(number).__name__}(...) around it, or {number!r}."
     )
 
 
@@ -80,6 +103,29 @@ def _bare(annotation: Any) -> Any:
         if hasattr(annotation, inner):
             return _bare(getattr(annotation, inner))
     return _bare(get_args(annotation)[0]) if get_origin(annotation) is typing.Final else annotation
+
+
+def _ring(value: Any, where: str, above: dict[int, str], known: set[int]) -> tuple[str, str] | None:
+    """(path, path of the same value above it) of the first value that holds itself. `above`: id -> path of what holds
+    `value`; `known`: ids of what has been looked through.
+    """
+    if id(value) in above:
+        return where, above[id(value)] or "whole"
+    if id(value) in known or isinstance(value, (Rules, type, str, bytes)):
+        return None
+    if is_dataclass(value):
+        held = [(f".{f.name}", getattr(value, f.name)) for f in fields(value) if hasattr(value, f.name)]
+    elif isinstance(value, Mapping):
+        held = [(f"[{key!r}]", item) for key, item in value.items()]
+    elif isinstance(value, (list, tuple)):
+        held = [(f"[{i}]", item) for i, item in enumerate(value)]
+    else:
+        return None
+    within = {**above, id(value): where}
+    rings = (_ring(item, f"{where}{at}".lstrip("."), within, known) for at, item in held)
+    found = next((ring for ring in rings if ring), None)
+    known.add(id(value))
+    return found
 
 
 def _options(annotation: Any) -> Iterator[Any]:

@@ -22,7 +22,7 @@ def write_report(
     folder: Path,
     experiment: Experiment,
     facts: Mapping[str, Any],
-    text: Mapping[str, float],
+    text: Mapping[str, Any],
     result: Any,
     unit: Literal["tokens", "examples"],
 ) -> Path:
@@ -41,7 +41,8 @@ def write_report(
         picture = f"<p>{html.escape(str(error))}</p>"
     command = (folder / "command.txt").read_text() if (folder / "command.txt").exists() else ""
     heldout = {
-        "held-out bits per byte, measured": _number(result.heldout_bits_per_byte),
+        "held-out bits per byte, measured": _number(result.heldout_bits_per_byte)
+        + (f": {text['no_bits_per_byte']}" if "no_bits_per_byte" in text else ""),
         "unigram bits per byte of the same text": _number(text.get("unigram_bits_per_byte")),
         "xz bits per byte of the same text": _number(text.get("xz_bits_per_byte")),
     }

@@ -37,15 +37,16 @@ class Work:
 
 
 class Rates:
-    """The learning rates of a run of `steps` steps, computed in blocks, each one block ahead of its first use: a rate
-    computed when it is asked for would queue behind the steps on an accelerator, and all of a long run do not fit.
+    """The learning rates of a run of `steps` steps, every `every`th and the last of which are asked for. Computed in
+    blocks, each when a rate of the block before is asked for: one computed when it is needed itself would queue behind
+    the steps on an accelerator, and all of a long run do not fit.
     """
 
-    def __init__(self, schedule: Callable[[Any], Any], steps: int):
+    def __init__(self, schedule: Callable[[Any], Any], steps: int, every: int):
         import jax
         import jax.numpy as jnp
 
-        self._steps, self._size = steps, min(steps, BLOCK)
+        self._steps, self._every, self._size = steps, every, min(steps, BLOCK)
         self._compute = jax.jit(lambda first: jax.vmap(schedule)(first + jnp.arange(self._size)))
         self._blocks: dict[int, Any] = {}
 
@@ -53,10 +54,11 @@ class Rates:
         """The rate of a step, counted from 0."""
         import jax
 
-        first = step - step % self._size
-        wanted = [f for f in (first, first + self._size) if f < self._steps]
-        # What is dispatched for the block after this one is not waited for.
-        self._blocks = {f: self._blocks[f] if f in self._blocks else self._compute(f) for f in wanted}
+        asked_next = ((step + 1) // self._every + 1) * self._every - 1
+        ahead = min(max(asked_next, step + self._size), self._steps - 1)
+        first, after = (at - at % self._size for at in (step, ahead))
+        # What is dispatched for the block asked after this one is not waited for.
+        self._blocks = {f: self._blocks[f] if f in self._blocks else self._compute(f) for f in (first, after)}
         self._blocks[first] = jax.device_get(self._blocks[first])
         return float(self._blocks[first][step - first])
 
@@ -66,23 +68,24 @@ class Reporter:
 
     Step times leave out the first step (it compiles), evaluations, and the part of a save that blocks the loop
     (`aside`). `text` is what is known without a model of the text that is evaluated, `schedule` gives the learning rate
-    of a step counted from 0.
+    of a step counted from 0; `every`th steps are read, and the last.
     """
 
     def __init__(
         self,
         steps: int,
         work: Work,
-        text: Mapping[str, float],
+        text: Mapping[str, Any],
         records: Records,
         events: Events,
         show: Progress,
         schedule: Callable[[Any], Any],
+        every: int,
         device: Any,
     ):
         self.steps, self.work, self.text = steps, work, text
         self.records, self.events, self.show = records, events, show
-        self._rates = Rates(schedule, steps)
+        self._rates = Rates(schedule, steps, every)
         self._device = device
         self._began = self._mark = time.perf_counter()
         self._aside, self._last, self._waited = 0.0, 0, 0.0

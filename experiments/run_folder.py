@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -11,6 +10,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from experiments.agreement import said_by_all
 from experiments.checkpoint_folder import sealed_steps
 from experiments.config import Experiment, config_hash
 from experiments.run_config import differences
@@ -96,17 +96,7 @@ def new(experiment: Experiment, runs: Path, makes: bool) -> Iterator[Path]:
 
 def agreed(folder: Path) -> Path:
     """The absolute folder that process 0 chose, in every process (a collective where there are several)."""
-    import jax
-
-    folder = folder.absolute()
-    if jax.process_count() == 1:
-        return folder
-    import numpy as np
-    from jax.experimental import multihost_utils
-
-    raw, told = os.fsencode(folder), np.zeros(4096, np.uint8)
-    told[: len(raw)] = np.frombuffer(raw, np.uint8)
-    return Path(os.fsdecode(bytes(np.asarray(multihost_utils.broadcast_one_to_all(told))).rstrip(b"\0")))
+    return Path(said_by_all(str(folder.absolute()))[0])
 
 
 def check_same(folder: Path, was: dict[str, Any], now: dict[str, Any]) -> None:

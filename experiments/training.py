@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import shlex
 import time
@@ -17,6 +16,7 @@ from experiments import assemble, devices, run_folder
 from experiments.config import Experiment, config_hash, to_json
 from experiments.data.contract import Dataset
 from experiments.events import Events
+from experiments.json_file import write_json
 from experiments.record_schema import Header, installed_versions
 from experiments.records import Records, read
 from experiments.run_config import Origin, write_run_config
@@ -54,7 +54,7 @@ class Run:
     devices: Sequence[Any]
     step: TrainStep
     dataset: Dataset
-    text: Mapping[str, float]  # what is known without a model of the text that is evaluated
+    text: Mapping[str, Any]  # what is known without a model of the text that is evaluated
     told: Explanation
     process: int
     began: float
@@ -217,18 +217,14 @@ def _reporter(run: Run, records: Records, events: Events, show: Progress) -> Any
     from experiments.peaks import peak
     from experiments.reporting import Reporter, Work
 
-    dtype = getattr(run.experiment.model, "dtype", "float32")
-    pretend = run.experiment.devices.kind == "pretend"
-    rate = None if pretend else peak(run.devices[0].device_kind, dtype)
-    work = Work(
-        run.told.tokens,
-        3 * run.told.forward_flops,
-        None if rate is None else rate * len(run.devices),
-        unit(run.dataset),
-    )
-    schedule = run.experiment.optimizer.schedule(run.experiment.steps)
+    e = run.experiment
+    dtype = getattr(e.model, "dtype", "float32")
+    rate = None if e.devices.kind == "pretend" else peak(run.devices[0].device_kind, dtype)
+    together = None if rate is None else rate * len(run.devices)
+    work = Work(run.told.tokens, 3 * run.told.forward_flops, together, unit(run.dataset))
+    schedule = e.optimizer.schedule(e.steps)
     mine = next(d for d in run.devices if d.process_index == run.process)
-    return Reporter(run.experiment.steps, work, run.text, records, events, show, schedule, mine)
+    return Reporter(e.steps, work, run.text, records, events, show, schedule, e.log_every, mine)
 
 
 def _introduce(run: Run, folder: Path, show: Progress) -> None:
@@ -243,6 +239,8 @@ def _introduce(run: Run, folder: Path, show: Progress) -> None:
         if facts.get(k)
     ]
     show.line(f"data {facts.get('name')}: {', '.join(sizes) or f'{run.dataset.train_rows} training rows'}")
+    if "no_bits_per_byte" in run.text:
+        show.line(f"no bits per byte: {run.text['no_bits_per_byte']}", "yellow")
     show.line(f"run folder {_near(folder)}")
 
 
@@ -283,7 +281,7 @@ def _leave(run: Run, folder: Path, result: Result, show: Progress) -> None:
     from experiments.evaluate import unit
     from experiments.report import write_report
 
-    (folder / "result.json").write_text(json.dumps(asdict(result), indent=1) + "\n", encoding="utf-8")
+    write_json(folder / "result.json", asdict(result))
     report = write_report(folder, run.experiment, run.dataset.facts, run.text, result, unit(run.dataset))
     show.line(f"report {_near(report)}")
     if result.stopped:

@@ -6,6 +6,7 @@ config -> one device in the working precision and in double (the budget) -> ever
 
 from __future__ import annotations
 
+import functools
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -19,18 +20,21 @@ import numpy as np
 from experiments.assemble import one_device, train_step
 from experiments.config import Experiment
 from experiments.data.contract import Dataset
-from experiments.verified import Case, Outcome, Verified
+from experiments.verified import KINDS, Case, Outcome, Verified
 from experiments.verified_rows import batches, fewest_rows, indices_of
 from sharding.axes import MeshShape
 from sharding.errors import InputError
 from sharding.foreign import Foreign
 from sharding.params import declare
 from sharding.partitioner import Auto, Manual, Partitioner
-from sharding.proof.bisect import Departure, bisect, of_leaf
-from sharding.proof.budget import MOST, Budget, Compared, largest
+from sharding.proof.bisect import Departure, bisect
+from sharding.proof.budget import MOST, Budget, largest
 from sharding.proof.double import doubled, narrowed
 from sharding.proof.meshes import axes_of, shapes
-from sharding.proof.trial import Leaves, Ready, Trial
+from sharding.proof.trial import Going, Leaves, Ready, Untraced
+from sharding.proof.untraced import at_trace
+from sharding.proof.updates import compared, departing_update
+from sharding.proof.witness import Seen, witness
 from sharding.step import TrainStep
 
 AHEAD = 2
@@ -101,6 +105,8 @@ class _Work:
         self.steps, self.x64 = steps, x64
         self.rows = experiment.batch
         self.drawn: dict[MeshShape, Leaves] = {}
+        self.departing: dict[Partitioner, tuple[Case, Ready]] = {}
+        """The smallest departing case of each partitioner."""
 
     def step(self, case: Case) -> TrainStep:
         """The case's step on the first devices."""
@@ -128,19 +134,18 @@ class _Work:
         return good, bad
 
     def judge(self) -> None:
-        """Run one device in the working precision and in double."""
+        """Run one device in the working precision and in double; both stay compiled for what a departure asks."""
         self.batches = batches(
             self.experiment, self.dataset, self.rows, self.steps, indices_of(self.experiment.model.build())
         )
-        self.one, wide = one_device(self.experiment), self._wide()
+        wide = self._wide()
         with jax.enable_x64(True):
-            self.two = one_device(wide, doubled(wide.model.build()))
-        self.single = Ready(self.one, self.rows).run(self.experiment.seed, self.batches)
+            two = one_device(wide, doubled(wide.model.build()))
+        self.one, self.two = Ready(one_device(self.experiment), self.rows), Ready(two, self.rows, True)
+        self.single = self.one.run(self.experiment.seed, self.batches)
         # The same start: a foreign model may draw other numbers in double.
-        self.exact = Ready(self.two, self.rows, True).run(
-            self.experiment.seed, self.batches, self.single.initial
-        )
-        self.budget = Budget(self.batches[0]["weights"].size, self.x64, narrowed(self.two, self.rows))
+        self.exact = self.two.run(self.experiment.seed, self.batches, self.single.initial)
+        self.budget = Budget(self.batches[0]["weights"].size, self.x64, narrowed(two, self.rows))
         self._check_finite()
         self._check_rounding()
 
@@ -155,7 +160,7 @@ class _Work:
 
     def _check_rounding(self) -> None:
         """Refuse a model that computes something else in double: the difference would be taken for rounding."""
-        own = self.budget.within or str(getattr(self.experiment.model, "dtype", ""))
+        own = self.budget.within.get("gradient") or str(getattr(self.experiment.model, "dtype", ""))
         most = MOST["float32" if own in ("", "float32", "float64") else "bfloat16"]
         got, want = self.single.gradients, self.exact.gradients
         overall = max(largest(g) for g in want.values())
@@ -173,6 +178,9 @@ class _Work:
         """Run a compiled case and compare it."""
         if isinstance(ready, InputError):
             return Outcome(case, {}, "", (), refused=str(ready))
+        if isinstance(ready, Untraced):
+            departure = at_trace(self.step(case), self.rows, self.x64, ready)
+            return Outcome(case, {}, "", (), departure=departure)
         try:
             if isinstance(ready, BaseException):
                 raise ready
@@ -185,63 +193,44 @@ class _Work:
             return Outcome(
                 case, {}, "", (), failed=f"{type(error).__name__}: {' '.join(str(error).split())[:600]}"
             )
-        compared = self._compared(trial)
-        worst = {k: max(group, key=lambda c: c.share) for k, group in compared.items() if group}
+        found = compared(self.budget, trial, self.single, self.exact)
+        worst = {k: max(found[k], key=lambda c: c.share) for k in KINDS if found[k]}
         drawn = {p: w.astype(np.float32) for p, w in trial.initial.items()}
         initial = next((p for p, w in self.single.initial.items() if not np.array_equal(drawn[p], w)), "")
-        return Outcome(case, worst, initial, tuple(trial.uneven))
-
-    def _compared(self, trial: Trial) -> dict[str, list[Compared]]:
-        parts = {"gradient": "gradients", "parameter": "params", "optimizer": "optimizer"}
-        made = {
-            kind: self.budget.compare(kind, *(getattr(t, name) for t in (trial, self.single, self.exact)))
-            for kind, name in parts.items()
-        }
-        metrics = [_metrics(t) for t in (trial, self.single, self.exact)]
-        return {"loss": self.budget.compare("loss", *metrics), **made}
+        made = Outcome(case, worst, initial, tuple(trial.uneven))
+        old = self.departing.get(case.partitioner)
+        if made.departs and (old is None or case.mesh.devices < old[0].mesh.devices):
+            self.departing[case.partitioner] = case, ready
+        return made
 
     def explained(self, outcomes: list[Outcome]) -> list[Outcome]:
         """The outcomes, with where it departs for the smallest departing mesh of each partitioner."""
-        chosen: dict[Partitioner, Outcome] = {}
-        size = lambda o: o.case.mesh.devices
-        for o in outcomes:
-            if o.departs and not o.failed:
-                old = chosen.get(o.case.partitioner)
-                chosen[o.case.partitioner] = o if old is None or size(o) < size(old) else old
-        return [replace(o, departure=self._departure(o)) if o in chosen.values() else o for o in outcomes]
+        ready = dict(self.departing.values())
+        return [
+            replace(o, departure=self._departure(o, ready[o.case])) if o.case in ready else o
+            for o in outcomes
+        ]
 
-    def _departure(self, o: Outcome) -> Departure | None:
-        step = self.step(o.case)
+    def _departure(self, o: Outcome, ready: Ready) -> Departure | None:
+        step = ready.step
         if o.initial:
             return Departure(
                 "initial", f"the initial values of {o.initial}", step.layouts[o.initial].param.text(), (), 1.0, 0.0,
                 "another draw: initial values must be a function of seed and path alone",
             )  # fmt: skip
-        where = bisect(step, self.one, self.two, self.single.initial, self.batches[0], self.budget)
+        first = self.single.initial
+        seen = witness(step, first, self.batches[0], self.x64)
+        where = bisect(seen, *self._witnessed, step.split.layouts.sizes, self.budget)
         if where is not None:
             return where
-        return self._departing_update(step)
+        split, one, two = (Going(r, self.experiment.seed, first) for r in (ready, self.one, self.two))
+        return departing_update(split, one, two, self.batches, self.budget)
 
-    def _departing_update(self, step: TrainStep) -> Departure | None:
-        """The leaf that departs most after the first update after which one departs."""
-        first, seed = self.single.initial, self.experiment.seed
-        split, one, two = (Ready(s, self.rows, d) for s, d in (
-            (step, self.x64), (self.one, False), (self.two, True)))  # fmt: skip
-        before: list[tuple[Trial, Trial]] = []
-        for count in range(1, self.steps + 1):
-            trial, single, exact = (r.run(seed, self.batches[:count], first) for r in (split, one, two))
-            for kind, name in (
-                ("gradient", "gradients"),
-                ("parameter", "params"),
-                ("optimizer", "optimizer"),
-            ):
-                made = self.budget.compare(kind, *(getattr(t, name) for t in (trial, single, exact)))
-                uneven = [c for c in made if f"{kind} {c.path}" in trial.uneven]
-                if wrong := [c for c in made if c.share > 1] or uneven:
-                    worst = max(wrong, key=lambda c: c.share)
-                    return of_leaf(step, worst, trial, exact if self.x64 else single, before)
-            before.append((trial, exact if self.x64 else single))
-        return None
+    @functools.cached_property
+    def _witnessed(self) -> tuple[list[Seen], list[Seen]]:
+        """What the named ops of one device made, in the working precision and in double."""
+        first, batch = self.single.initial, self.batches[0]
+        return witness(self.one.step, first, batch), witness(self.two.step, first, batch, True)
 
 
 @contextmanager
@@ -292,9 +281,3 @@ def _own_stands(experiment: Experiment, outcomes: Sequence[Outcome]) -> None:
 
 def _manual(experiment: Experiment) -> Manual:
     return experiment.partitioner if isinstance(experiment.partitioner, Manual) else Manual()
-
-
-def _metrics(trial: Trial) -> dict[str, np.ndarray]:
-    """Every metric by name, an entry an update."""
-    names = trial.metrics[0]
-    return {name: np.array([seen[name] for seen in trial.metrics]) for name in names}

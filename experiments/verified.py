@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -42,12 +43,14 @@ class Outcome:
     failed: str = ""
     """What was raised while it was traced, compiled or run: a fault."""
     departure: Departure | None = None
+    """Where it parts from one device, for the smallest departing mesh of each partitioner and for what cannot be traced."""
 
     @property
     def departs(self) -> bool:
         """Whether it is not what one device computes."""
         wrong = any(c.share > 1 for c in self.worst.values())
-        return bool(self.failed or self.initial or self.uneven or wrong)
+        untraced = self.departure is not None and self.departure.phase == "trace"
+        return bool(self.failed or self.initial or self.uneven or wrong or untraced)
 
 
 @dataclass(frozen=True)
@@ -60,8 +63,8 @@ class Verified:
     terms: int
     leaves: int
     precision: str
-    within: str
-    """A narrower dtype that the model itself casts to, whose rounding every budget holds; "" for none."""
+    within: Mapping[str, str]
+    """Kind of array -> a narrower dtype that the step itself casts to, whose rounding its budget holds; none: no entry."""
 
     @property
     def checked(self) -> tuple[Outcome, ...]:

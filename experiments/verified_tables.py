@@ -24,6 +24,8 @@ def print_case(show: Progress, outcome: Outcome, at: int, of: int) -> None:
         return
     verdict = "DEPARTS" if outcome.departs else "agrees"
     said = "  ".join(f"{kind} {_cell(outcome.worst[kind])}" for kind in KINDS if kind in outcome.worst)
+    if outcome.departure:
+        said = f"{_PHASES[outcome.departure.phase]}: {outcome.departure.what}"
     show.line(
         f"{verdict:8}{outcome.case.title:36} {said}{outcome.failed[:200]}", "red" if outcome.departs else ""
     )
@@ -49,10 +51,16 @@ def print_verified(made: Verified, seconds: float) -> None:
             f"[bold]All {len(checked)} agree with one device[/] ({meshes} meshes; {made.leaves} arrays each, {made.steps} "
             f"updates of {made.rows} rows, {made.precision}, {clock(seconds)})"
         )
-    if made.within:
+    for dtype in sorted(set(made.within.values())):
+        kinds = [kind for kind in KINDS if made.within.get(kind) == dtype]
+        who, whose = (
+            ("The model", "every budget")
+            if "gradient" in kinds
+            else ("The optimizer", f"the budget of {', '.join(kinds)}")
+        )
         console.print(
-            f"The model computes in {made.within} by itself, whatever it is given: every budget holds that rounding, and "
-            f"smaller errors go unseen."
+            f"{who} computes in {dtype} by itself, whatever it is given: {whose} holds that rounding, and smaller errors "
+            f"go unseen."
         )
     for kind in KINDS:
         worst = [(o.worst[kind], o) for o in checked if kind in o.worst]
@@ -66,11 +74,13 @@ def print_verified(made: Verified, seconds: float) -> None:
             markup=False,
         )
         console.print(textwrap.indent(refused[0].refused, "  "), markup=False)
+    told: set[Departure] = set()
     for o in made.departed:
         if o.failed:
             console.print(f"\n[bold]{o.case.title}[/] could not run", highlight=False)
             console.print(f"  {o.failed}", markup=False)
-        if o.departure:
+        if o.departure and o.departure not in told:  # a trace fails on every mesh alike
+            told.add(o.departure)
             console.print(f"\n[bold]{o.case.title}[/] departs {_PHASES[o.departure.phase]}")
             _departure(console, o.departure)
         elif o.uneven:
@@ -80,10 +90,12 @@ def print_verified(made: Verified, seconds: float) -> None:
 
 
 _PHASES = {
+    "trace": "at trace time: it cannot be traced as it is split",
     "initial": "before the first update",
     "forward": "in the forward pass",
     "backward": "in the backward pass (all named ops of the forward pass agree)",
     "gradient": "in a gradient (all named ops agree, forward and backward)",
+    "metric": "in a metric (all named ops and gradients agree)",
     "update": "in the update (all gradients agree)",
 }
 
@@ -91,8 +103,9 @@ _PHASES = {
 def _departure(console: Console, d: Departure) -> None:
     say = lambda text: console.print(text, markup=False)
     say(f"  first    {d.what}")
-    say(f"  lies     {d.layout}")
-    for placed in d.placed:
-        say(f"           {placed}")
-    say(f"  error    {d.error:.1e} of its largest entry, where rounding may make {d.allowed:.1e}")
+    if d.phase != "trace":
+        say(f"  lies     {d.layout}")
+        for placed in d.placed:
+            say(f"           {placed}")
+        say(f"  error    {d.error:.1e} of its largest entry, where rounding may make {d.allowed:.1e}")
     say(f"  looks as {d.looks}")

@@ -73,13 +73,7 @@ def load(name: str) -> Source:
     """The figure of that name, or in the Python file of that path. RecordError when there is none or it is no
     figure, BrokenFigure when its file cannot be read.
     """
-    path = Path(name) if name.endswith(".py") else HERE / f"{name}.py"
-    if not path.is_file() or path.stem in _NOT_FIGURES:
-        raise RecordError(
-            f"There is no figure {name!r}. The figures are {', '.join(figure_names())}; a file of your own "
-            "is given by "
-            "its path, ending in .py."
-        )
+    path = _file_of(name)
     try:
         module = _import(path.resolve())
     except Exception as error:  # the file is its author's code: it may raise anything
@@ -97,6 +91,30 @@ def load(name: str) -> Source:
             "says what each is."
         )
     return Source(path.stem, path, module.RECORDS, sections, module.draw)
+
+
+def _file_of(name: str) -> Path:
+    """The file of a figure: its own path where the name ends in .py, else the one of that name in this folder."""
+    known = figure_names()
+    if not name.endswith(".py"):
+        if name not in known:
+            raise RecordError(
+                f"There is no figure {name!r}. The figures are {', '.join(known)}; a file of your own is given by its "
+                "path, ending in .py."
+            )
+        return HERE / f"{name}.py"
+    if not (path := Path(name)).is_file():
+        near = (
+            f" The figure {path.stem} of shardlab's own is asked for without .py."
+            if path.stem in known
+            else ""
+        )
+        what = "is a folder" if path.is_dir() else "does not exist"
+        raise RecordError(
+            f"There is no figure file {name}: it {what} (looked for from {Path.cwd()}).{near} Give the path of a Python "
+            f"file, or one of the names {', '.join(known)}."
+        )
+    return path
 
 
 def gather(

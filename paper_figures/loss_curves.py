@@ -15,7 +15,9 @@ Reproduce:
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -32,6 +34,18 @@ MANY = 160
 
 
 @dataclass(frozen=True)
+class Text:
+    """A held-out text that a run was evaluated on; losses in nats per token (or per example), in the order of steps."""
+
+    known: Mapping[str, Any]
+    """What its header knows of it without a model."""
+    steps: list[int]
+    loss: list[float]
+    bits_per_byte: float | None
+    """Bits per byte for one nat per token; None where the records do not say how many bytes a token has."""
+
+
+@dataclass(frozen=True)
 class Run:
     """One run's curves in the order of steps; losses in nats per token (or per example), tokens cumulative."""
 
@@ -39,11 +53,14 @@ class Run:
     steps: list[int]
     loss: list[float]
     tokens: list[float] | None
-    heldout_steps: list[int]
-    heldout: list[float]
-    bits_per_byte: float | None
-    """Bits per byte for one nat per token; None where the records do not say how many bytes a token has."""
+    texts: list[Text]
+    """Most runs have one. A run that was resumed with other rows to evaluate has several, the last of which it ended with."""
     resumed: list[int]
+
+    @property
+    def bits_per_byte(self) -> float | None:
+        """What turns the training loss into bits per byte: as of the text that the run ended with."""
+        return self.texts[-1].bits_per_byte if all(t.bits_per_byte is not None for t in self.texts) else None
 
     def tokens_at(self, step: int) -> float:
         """Tokens seen after ``step``; batches are of one size, so a step between two records is interpolated."""
@@ -69,7 +86,7 @@ def draw(records: list[Record]) -> Figure:
     labels: list[Label] = []
     for index, (run, name) in enumerate(zip(runs, names, strict=True)):
         labels += _curve(axes, run, name, index, in_bits, in_tokens, alone=len(runs) == 1)
-    references = _references([run.header for run in runs]) if in_bits else []
+    references = _references(runs) if in_bits else []
     for line in references:
         axes.axhline(line.y, color=line.colour, linewidth=0.8, linestyle=(0, (4, 2)), zorder=1)
     axes.set_title("Loss (bits per byte)" if in_bits else f"Loss (nats per {_unit(runs)})", loc="left")
@@ -97,29 +114,38 @@ def _run(records: list[Record], name: str) -> Run:
     steps, evals = ([r for r in mine if r.kind == kind] for kind in ("step", "eval"))
     if evals and evals[0].provenance != steps[0].provenance:
         column(steps + evals, "loss")  # raises: one picture, one provenance
-    heldout = column(evals, "loss").numbers if evals else []
     tokens = column(steps, "tokens").numbers if all("tokens" in r.values for r in steps) else None
     return Run(
         header=steps[-1].header,
         steps=[r.step or 0 for r in steps],
         loss=column(steps, "loss").numbers,
         tokens=tokens,
-        heldout_steps=[r.step or 0 for r in evals],
-        heldout=heldout,
-        bits_per_byte=_bits_per_byte(evals, steps[-1].header),
+        texts=_texts(evals, steps[-1].header),
         resumed=sorted({r.header.resumed_step for r in mine if r.header.resumed_step is not None}),
     )
 
 
-def _bits_per_byte(evals: list[Record], header: Header) -> float | None:
-    """What one nat per token is in bits per byte: as the evaluations say, else from the bytes per token of the
-    text that they would be of.
-    """
+def _texts(evals: list[Record], last: Header) -> list[Text]:
+    """The evaluations of a run apart by the text that they are of; without any, the text that they would be of."""
+    known: list[Mapping[str, Any]] = []
+    for header in (*(r.header for r in evals), *(() if evals else (last,))):
+        if (facts := header.details.get("evaluated", {})) not in known:
+            known.append(facts)
+    texts = []
+    for facts in known:
+        mine = [r for r in evals if r.header.details.get("evaluated", {}) == facts]
+        loss = column(mine, "loss").numbers if mine else []
+        texts.append(Text(facts, [r.step or 0 for r in mine], loss, _bits_per_byte(mine, facts)))
+    return sorted(texts, key=lambda text: text.steps[-1:])
+
+
+def _bits_per_byte(evals: list[Record], known: Mapping[str, Any]) -> float | None:
+    """What one nat per token is in bits per byte: as the evaluations of a text say, else from its bytes per token."""
     for record in evals:
         loss, bits = record.values.get("loss"), record.values.get("bits_per_byte")
         if bits is not None and loss and math.isfinite(loss) and math.isfinite(bits):
             return bits / loss
-    size = header.details.get("evaluated", {}).get("bytes_per_token")
+    size = known.get("bytes_per_token")
     return None if size is None else 1 / math.log(2) / size
 
 
@@ -142,16 +168,19 @@ def _curve(
     else:
         axes.plot(x, y, color=colour, linestyle=dash)
     place = run.tokens_at if in_tokens else float
-    points = [
-        (place(s), v * scale) for s, v in zip(run.heldout_steps, run.heldout, strict=True) if math.isfinite(v)
-    ]
-    sparse = len(points) <= 24
-    if points:  # a line that is not clipped and has no point has its box at (0, 0) and squashes the axes
-        axes.plot(
-            *zip(*points, strict=True), marker=style.marker(index), linestyle="none",
-            markerfacecolor="white", markeredgecolor=colour, markeredgewidth=1.0 if sparse else 0.6,
-            markersize=3.6 if sparse else 2.0, zorder=3, clip_on=False,
-        )  # fmt: skip
+    sparse = sum(len(text.steps) for text in run.texts) <= 24
+    points: list[tuple[float, float]] = []
+    for text in run.texts:
+        scale = text.bits_per_byte if in_bits and text.bits_per_byte is not None else 1.0
+        points = [
+            (place(s), v * scale) for s, v in zip(text.steps, text.loss, strict=True) if math.isfinite(v)
+        ]
+        if points:  # a line that is not clipped and has no point has its box at (0, 0) and squashes the axes
+            axes.plot(
+                *zip(*points, strict=True), marker=style.marker(index), linestyle="none",
+                markerfacecolor="white" if text is run.texts[-1] else colour, markeredgecolor=colour,
+                markeredgewidth=1.0 if sparse else 0.6, markersize=3.6 if sparse else 2.0, zorder=3, clip_on=False,
+            )  # fmt: skip
     for step in run.resumed:
         axes.axvline(place(step), color=style.PALE, linewidth=0.8, zorder=0)
     broken = next((i for i, v in enumerate(y) if not math.isfinite(v)), None)
@@ -169,16 +198,21 @@ def _curve(
     ]
 
 
-def _references(headers: list[Header]) -> list[Label]:
-    """One grey line for each compressor and evaluated text; its corpus is named where the runs have several."""
-    corpora = {h.details.get("data", {}).get("name", "") for h in headers}
+def _references(runs: list[Run]) -> list[Label]:
+    """One grey line for each compressor and evaluated text; its corpus is named where the runs have several, and the
+    step to which a run was evaluated on it where that was not the end.
+    """
+    corpora = [run.header.details.get("data", {}).get("name", "") for run in runs]
     lines: dict[tuple[str, float], Label] = {}
-    for header in headers:
-        corpus, known = header.details.get("data", {}).get("name", ""), header.details.get("evaluated", {})
-        for key, text in REFERENCES:
-            if key in known:
-                text = f"{text} {known[key]:.2f}" + (f" ({corpus})" if len(corpora) > 1 else "")
-                lines[text, known[key]] = Label(float(known[key]), text, style.GREY)
+    for run, corpus in zip(runs, corpora, strict=True):
+        for text in run.texts:
+            of = [corpus] if len(set(corpora)) > 1 else []
+            of += [f"to step {text.steps[-1]}"] if text is not run.texts[-1] else []
+            for key, name in REFERENCES:
+                if key in text.known:
+                    value = float(text.known[key])
+                    said = f"{name} {value:.2f}" + (f" ({', '.join(of)})" if of else "")
+                    lines[said, value] = Label(value, said, style.GREY)
     return list(lines.values())
 
 
@@ -230,6 +264,8 @@ def _note(runs: list[Run], provenance: str) -> str:
     sentences = [
         f"{provenance.capitalize()} on {' and '.join(devices)}. Lines: training batches; points: held-out data."
     ]
+    if any(len(r.texts) > 1 for r in runs):
+        sentences.append("Filled points: of another held-out text, evaluated before the run was resumed.")
     wide = [len(r.steps) // 40 * 2 + 1 for r in runs if len(r.steps) > MANY]
     if wide:
         sentences.append(

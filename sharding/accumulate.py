@@ -40,10 +40,10 @@ def accumulated(
     def add(total: T, part: Mapping[str, Array]) -> tuple[T, None]:
         return jax.tree.map(jnp.add, total, one(part)), None
 
-    return lax.scan(add, jax.tree.map(_zero, sums), parts)[0]
+    return lax.scan(add, jax.tree.map(zero_like, sums), parts)[0]
 
 
-def _zero(like: jax.ShapeDtypeStruct) -> Array:
+def zero_like(like: jax.ShapeDtypeStruct) -> Array:
     """Zeros of a shape, dtype and, inside a manual region, of the varying type that a sum over them will have."""
     kind = like.manual_axis_type
     return vary(jnp.zeros(like.shape, like.dtype), frozenset() if kind is None else frozenset(kind.varying))

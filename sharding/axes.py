@@ -26,9 +26,16 @@ NAMES = {
     "vocab": "V",  # tokens of the vocabulary
     "layers": "N",  # layers stacked in one array
     "expert": "E",  # experts of a mixture
+    "routes": "R",  # the same experts, as a router scores them for a token
     "queries": "Q",  # positions that ask, inside attention
     "keys": "M",  # positions that are asked, inside attention
     "slots": "S",  # places for tokens at an expert
+    "height": "Y",  # rows of an image
+    "width": "X",  # columns of an image
+    "channels": "P",  # planes of an image: one of grey, three of colour
+    "kernel_height": "R",  # rows of a window over an image
+    "kernel_width": "T",  # columns of a window
+    "kernel_length": "U",  # positions of a window over a sequence
     "features": "I",  # input features that are not a sequence
     "classes": "C",  # classes of a classifier
 }

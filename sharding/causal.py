@@ -38,7 +38,7 @@ def _products(formula: str, a: Array, b: Array) -> Array:
 
 def _forward(q: Array, k: Array, v: Array) -> tuple[Array, tuple[Any, ...]]:
     heads, groups, scale = q.shape[2], q.shape[2] // k.shape[2], q.shape[3] ** -0.5
-    q = _by_kv_head(q * jnp.asarray(scale, q.dtype), k.shape[2])
+    q = by_kv_head(q * jnp.asarray(scale, q.dtype), k.shape[2])
     k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
     out, powers, totals = [], [], []
     for start, stop in _query_blocks(k.shape[2]):
@@ -52,14 +52,14 @@ def _forward(q: Array, k: Array, v: Array) -> tuple[Array, tuple[Any, ...]]:
         totals.append(total)
     o = jnp.concatenate(out, axis=2)
     kept = (q, k, v, o, jnp.concatenate(totals, axis=2), tuple(powers))
-    return _by_position(o, heads).astype(q.dtype), kept
+    return by_position(o, heads).astype(q.dtype), kept
 
 
 def _backward(kept: tuple[Any, ...], do_BLHK: Array) -> tuple[Array, ...]:
     q, k, v, o, total, powers = kept
     length, heads, dtype = k.shape[2], do_BLHK.shape[2], do_BLHK.dtype
     groups, scale = heads // k.shape[1], q.shape[3] ** -0.5
-    do = _by_kv_head(wide(do_BLHK), k.shape[1]) / total
+    do = by_kv_head(wide(do_BLHK), k.shape[1]) / total
     mean = (do * o).sum(axis=-1, keepdims=True)
     do = do.astype(dtype)
     dq, dk, dv = [], jnp.zeros((), total.dtype), jnp.zeros((), total.dtype)
@@ -71,7 +71,7 @@ def _backward(kept: tuple[Any, ...], do_BLHK: Array) -> tuple[Array, ...]:
         later = ((0, 0), (0, 0), (0, 0), (0, length - stop))
         dk = _add(dk, jnp.pad(_products("bjnk,bjnm->bjkm", q[:, :, rows], ds), later))
         dv = _add(dv, jnp.pad(_products("bjnk,bjnm->bjkm", do[:, :, rows], e), later))
-    dq = _by_position(jnp.concatenate(dq, axis=2), heads) * scale
+    dq = by_position(jnp.concatenate(dq, axis=2), heads) * scale
     return dq.astype(dtype), dk.transpose(0, 3, 1, 2).astype(dtype), dv.transpose(0, 3, 1, 2).astype(dtype)
 
 
@@ -95,15 +95,15 @@ def _query_blocks(length: int) -> list[tuple[int, int]]:
     return [(start, min(start + size, length)) for start in range(0, length, size)]
 
 
-def _by_kv_head(x_BLHK: Array, kv_heads: int) -> Array:
+def by_kv_head(x_BLHK: Array, kv_heads: int) -> Array:
     """(B, L, H, K) -> (B, J, L*G, K): all queries of one key head, position-major."""
     b, length, heads, dim = x_BLHK.shape
     x = x_BLHK.reshape(b, length, kv_heads, heads // kv_heads, dim)
     return x.transpose(0, 2, 1, 3, 4).reshape(b, kv_heads, -1, dim)
 
 
-def _by_position(x_BJNK: Array, heads: int) -> Array:
-    """(B, J, L*G, K) -> (B, L, H, K): the inverse of `_by_kv_head`."""
+def by_position(x_BJNK: Array, heads: int) -> Array:
+    """(B, J, L*G, K) -> (B, L, H, K): the inverse of `by_kv_head`."""
     b, kv_heads, rows, dim = x_BJNK.shape
     groups = heads // kv_heads
     x = x_BJNK.reshape(b, kv_heads, rows // groups, groups, dim)

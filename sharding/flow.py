@@ -15,7 +15,16 @@ from typing import Any
 
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 
-from sharding.ledger import KINDS, asked_by, collectives, frame_kind, product_flops, sent_bytes, subjaxprs
+from sharding.ledger import (
+    KINDS,
+    PRODUCTS,
+    asked_by,
+    collectives,
+    frame_kind,
+    product_flops,
+    sent_bytes,
+    subjaxprs,
+)
 
 TRANSPARENT = ("pcast", "pvary", "convert_element_type", "copy", "reduce_precision", "name", "stop_gradient")
 """Primitives that leave every element where it is and what it is, but for its type."""
@@ -62,7 +71,7 @@ class Move:
 
 @dataclass(frozen=True)
 class Product:
-    """One matrix product: FLOPs of each device in one step, and the axes over which its devices compute the same."""
+    """One matrix product or convolution: FLOPs of each device in one step, and the axes whose devices compute the same."""
 
     flops: int
     repeats: tuple[str, ...]
@@ -134,7 +143,7 @@ class Flow:
             cut = self._slice(eqn, given)
             if cut is not None:
                 return [Value(differs, cut=cut)]
-        if name == "dot_general":
+        if name in PRODUCTS:
             again = tuple(a for a, n in self.sizes.items() if n > 1 and a not in differs)
             self.products.append(Product(product_flops(eqn) * times, again, *self._asked(eqn)))
         index = all(v.index for v in given)

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal, TypeVar
 
 import jax
 from flax import nnx
 from jax import Array, lax
 from jax.ad_checkpoint import checkpoint_policies
 
+from sharding import heard
+from sharding.accumulate import zero_like
 from sharding.errors import InputError
 from sharding.params import bind, values
 from sharding.partitioner import Manual
-from sharding.region import Region, current
+from sharding.region import current
 from sharding.relayout import drops_gathered, varying
 
+C = TypeVar("C")
 Remat = Literal["none", "dots", "full"]
 Loop = Literal["auto", "scan", "unroll"]
 
@@ -23,42 +26,67 @@ UNROLL_UP_TO = 8
 """Layers up to which `auto` unrolls on CPU, where a scan costs about 1.3 times the step and saves no memory."""
 
 
-def layers(block: nnx.Module, x: Array, remat: Remat = "none", loop: Loop = "auto") -> Array:
-    """Run a stacked block (`sharding.params.stack`) over its layers: `x` goes through `block(x)` once a layer.
+def layers(
+    block: nnx.Module, x: Array, remat: Remat = "none", loop: Loop = "auto", beside: tuple[Array, ...] = ()
+) -> Array:
+    """Run a stacked block (`sharding.params.stack`) over its layers: `x` goes through `block(x, *beside)` once a layer.
 
     remat: what the backward pass finds kept: "none" everything it needs, "dots" products of parameters and activations
     only, "full" each layer's input only. Parameters that were gathered for use are gathered again when the region's
     partitioner says `Manual(gathered="regather")`, except in layers unrolled on CPU, where XLA merges both gathers.
     loop: "scan" compiles one layer, "unroll" all of them, "auto" unrolls few layers on CPU.
+    beside: what every layer is given as it is.
     """
+    return _run(block, x, lambda bound, x: bound(x, *beside), x, remat, loop)
+
+
+def layers_and_sums(
+    block: nnx.Module, x: Array, remat: Remat = "none", loop: Loop = "auto", beside: tuple[Array, ...] = ()
+) -> tuple[Array, dict[str, Array]]:
+    """`layers` of a block that returns `(x, sums)`, a mapping of arrays beside the activation: also their sums over layers."""
+    region = current()
+    taps, listen = (region.taps, region.listen) if region else (None, None)
+    if region:
+        region.taps, region.listen = None, None  # this trace is for shapes alone
+    first = {path: array[0] for path, array in _whole_stack(block, x).items()}
+    alike = jax.eval_shape(lambda x, held: bind(block, held)(x, *beside)[1], x, first)
+    if region:
+        region.taps, region.listen = taps, listen
+
+    def call(
+        bound: Callable[..., Any], carry: tuple[Array, dict[str, Array]]
+    ) -> tuple[Array, dict[str, Array]]:
+        x, sums = bound(carry[0], *beside)
+        return x, {name: carry[1][name] + part for name, part in sums.items()}
+
+    return _run(block, (x, {name: zero_like(s) for name, s in alike.items()}), call, x, remat, loop)
+
+
+def _run(block: nnx.Module, carry: C, call: Callable[[Any, C], C], x: Array, remat: Remat, loop: Loop) -> C:
+    """`carry` through `call(block, carry)` once a layer; `x` is the activation in it."""
     if remat not in ("none", "dots", "full"):
         raise InputError(f"The remat policy {remat!r} does not exist. The policies are none, dots and full.")
     stacked = _whole_stack(block, x)
     depth = next(iter(stacked.values())).shape[0]
     region = current()
-    if region is not None and region.listen is not None:
-        return _heard(region, block, x, stacked, depth)
     cpu = region is None or region.platform == "cpu"
     scanned = loop == "scan" or (loop == "auto" and (depth > UNROLL_UP_TO or not cpu))
+    layer = lambda carry, held: call(bind(block, held), carry)
+    if region is not None and region.listen is not None:
+        return (
+            heard.scanned(region, region.listen, layer, carry, stacked)
+            if scanned
+            else heard.unrolled(region, layer, carry, stacked)
+        )
     # XLA:CPU drops the barriers that keep two gathers of one array apart: unrolled, it merges them whatever we write.
-    body = _remat(lambda x, held: bind(block, held)(x), remat, block, regather=scanned or not cpu)
+    body = _remat(layer, remat, block, regather=scanned or not cpu)
     if scanned:
-        return lax.scan(lambda x, held: (body(x, held), None), x, stacked)[0]
+        return lax.scan(lambda carry, held: (body(carry, held), None), carry, stacked)[0]
     # lax.split, because its transpose is one concatenate; that of `depth` slices is `depth` padded sums
     parts = {path: lax.split(array, (1,) * depth, 0) for path, array in stacked.items()}
     for at in range(depth):
-        x = body(x, {path: lax.squeeze(part[at], (0,)) for path, part in parts.items()})
-    return x
-
-
-def _heard(region: Region, block: nnx.Module, x: Array, stacked: dict[str, Array], depth: int) -> Array:
-    """The layers one by one in the caller's own trace, so that a listener may keep what it hears."""
-    outer = region.scope
-    for at in range(depth):
-        region.scope = f"{outer} layer {at}".strip()
-        x = bind(block, {path: array[at] for path, array in stacked.items()})(x)
-    region.scope = outer
-    return x
+        carry = body(carry, {path: lax.squeeze(part[at], (0,)) for path, part in parts.items()})
+    return carry
 
 
 def _whole_stack(block: nnx.Module, x: Array) -> dict[str, Array]:
@@ -79,9 +107,7 @@ def _whole_stack(block: nnx.Module, x: Array) -> dict[str, Array]:
     return stacked
 
 
-def _remat(
-    body: Callable[..., Array], remat: Remat, block: nnx.Module, regather: bool
-) -> Callable[..., Array]:
+def _remat(body: Callable[..., C], remat: Remat, block: nnx.Module, regather: bool) -> Callable[..., C]:
     if remat == "full":
         return jax.checkpoint(body)
     if remat == "dots":

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from sharding.axes import NAMES, PLACES, nearest
 from sharding.errors import InputError
+from sharding.order import Order
 from sharding.paths import ByPath, check_spoken
 from sharding.rule import PARAM_ROLES, Ask, Rule, Rules, Split
 
@@ -105,6 +106,7 @@ class Layouts:
             self.asked[names] = self._chain(
                 "activation", f"activation ({' '.join(names)})", names, None, dims, (), ()
             )
+            self._split_where_ordered(self.asked[names])
         return self.asked[names]
 
     def param(self, path: str, names: tuple[str, ...], shape: tuple[int, ...]) -> ParamLayouts:
@@ -123,6 +125,26 @@ class Layouts:
                 )
             self.params[path] = ParamLayouts(*made)
         return self.params[path]
+
+    def _split_where_ordered(self, layout: Layout) -> None:
+        for name, axes in zip(layout.names, layout.dims, strict=True):
+            order, _ = self.order(name)
+            if order is not None and order.axis not in axes:
+                raise InputError(
+                    f"activation ({' '.join(layout.names)}): {name} lies in the order {order}, but the rules {self.rules!r} do "
+                    f"not split it over {order.axis!r} here. Split it wherever it occurs: {{'{name}': also('{order.axis}')}}."
+                )
+
+    def order(self, name: str) -> tuple[Order | None, int]:
+        """The order in which positions of a dim of this name lie, and the devices of its axis; (None, 1): in their own."""
+        orders = (r.order[name] for r in self.rules.chain if name in r.order)
+        found = [o for o in orders if self.sizes[o.axis] > 1]
+        if len(found) > 1:
+            raise InputError(
+                f"Two rules of the chain {self.rules!r} lay {name} in an order of their own, {found[0]} and {found[1]}. Choose "
+                f"order='contiguous' for one of them."
+            )
+        return (found[0], self.sizes[found[0].axis]) if found else (None, 1)
 
     def _known(self, names: Iterable[str], where: str) -> None:
         for name in names:
@@ -159,7 +181,7 @@ class Layouts:
                 made.append(reason)
                 taken[split.axis] = reason
                 if reason.size > 1:
-                    self._divides(reason, path, shape, at, dims[at])
+                    self._divides(reason, path, shape, at, dims[at], split.otherwise)
                     dims[at] = (*dims[at], split.axis)
         return Layout(names, tuple(dims), tuple(made), tuple(left))
 
@@ -194,7 +216,13 @@ class Layouts:
         return ""
 
     def _divides(
-        self, new: Reason, path: str, shape: tuple[int, ...] | None, at: int, so_far: tuple[str, ...]
+        self,
+        new: Reason,
+        path: str,
+        shape: tuple[int, ...] | None,
+        at: int,
+        so_far: tuple[str, ...],
+        otherwise: str,
     ) -> None:
         if shape is None:
             return
@@ -204,7 +232,7 @@ class Layouts:
             raise InputError(
                 f"{path}: rule {new.rule} ({new.source}) splits {new.name} = {shape[at]} into {parts} parts "
                 f"({' x '.join(f'{a}={self.sizes[a]}' for a in (*so_far, new.axis))}), which does not divide. Set mesh axis "
-                f"{new.axis} to {smaller} or make {new.name} a multiple of {parts}."
+                f"{new.axis} to {smaller} or make {new.name} a multiple of {parts}{otherwise and f', or {otherwise}'}."
             )
 
     def check_used(self) -> None:

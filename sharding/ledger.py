@@ -31,6 +31,10 @@ KINDS = {
 """jax primitive -> the collective it is."""
 
 
+PRODUCTS = ("dot_general", "conv_general_dilated")
+"""jax primitives whose FLOPs are counted."""
+
+
 @dataclass(frozen=True)
 class Collective:
     """One collective of a traced step. `bytes` are those that each device sends in one step, all repeats together, on
@@ -86,16 +90,24 @@ def per_axis(found: list[Collective]) -> dict[tuple[str, ...], dict[str, tuple[i
 
 
 def flops(jaxpr: ClosedJaxpr) -> int:
-    """FLOPs of every matrix product in a jaxpr (2 per multiply-add), loop trips multiplied; elementwise work is left out."""
+    """FLOPs of every matrix product and convolution in a jaxpr (2 per multiply-add), loop trips multiplied; elementwise
+    work is left out.
+    """
     total = 0
     for eqn, times in equations(jaxpr.jaxpr, 1):
-        if eqn.primitive.name == "dot_general":
+        if eqn.primitive.name in PRODUCTS:
             total += product_flops(eqn) * times
     return total
 
 
 def product_flops(eqn: Any) -> int:
-    """FLOPs of one `dot_general`, 2 per multiply-add."""
+    """FLOPs of one `dot_general`, or of one convolution with the zeros at its edges, 2 per multiply-add."""
+    if eqn.primitive.name == "conv_general_dilated":
+        kernel, of = eqn.invars[1].aval.shape, eqn.params["dimension_numbers"].rhs_spec
+        spread = math.prod(
+            eqn.params["lhs_dilation"]
+        )  # of so many positions all but one are zeros put between
+        return 2 * math.prod(eqn.outvars[0].aval.shape) * (math.prod(kernel) // kernel[of[0]]) // spread
     (contract, _), _ = eqn.params["dimension_numbers"]
     deep = math.prod(eqn.invars[0].aval.shape[d] for d in contract)
     return 2 * math.prod(eqn.outvars[0].aval.shape) * deep

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import jax.numpy as jnp
@@ -59,7 +59,13 @@ class Operands:
         return region.constrain(made, self.plan.produced)
 
 
-def operands_of(region: Region, spec: str, operands: tuple[Operand, ...], dtype: jnp.dtype) -> Operands:
+def operands_of(
+    region: Region,
+    spec: str,
+    operands: tuple[Operand, ...],
+    dtype: jnp.dtype,
+    choose: Callable[[Contraction], Plan] = plan,
+) -> Operands:
     """Plan an einsum on a mesh; nothing moves yet. In the manual region arrays are shards, under XLA whole."""
     terms, result = parse(spec)
     wanted, sizes = region.dims(result), region.layouts.sizes
@@ -74,7 +80,7 @@ def operands_of(region: Region, spec: str, operands: tuple[Operand, ...], dtype:
         shapes.append(_in_parts(spec, array.shape, parts, _counts(in_use, sizes)))
     items, held = tuple(x.dtype.itemsize for x in arrays), tuple(region.held(x) for x in arrays)
     asked = Contraction(spec, tuple(use), tuple(shapes), items, wanted, tuple(sizes.items()), held, fixed)
-    best = plan(asked)
+    best = choose(asked)
     # Over these the product varies: what splits it, and what operands vary over for other reasons than their layout.
     # An axis that was gathered from every operand is not among them: the result is equal over it, and typed so.
     other = (varying(x).difference(*lies) for x, lies in zip(arrays, rest, strict=True))

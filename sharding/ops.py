@@ -16,6 +16,9 @@ from sharding.contraction import parse
 from sharding.errors import InputError
 from sharding.layout import Dims
 from sharding.operands import Operand, operand_lies, operands_of, split_axes
+from sharding.ordered import natural, ordered
+from sharding.overlap import ring_product
+from sharding.partitioner import Manual
 from sharding.product import product
 from sharding.region import Region, current, names_of, tap, value, wide
 from sharding.relayout import finish, vary, varying
@@ -52,6 +55,10 @@ def einsum(spec: str, *operands: Operand) -> Array:
     ready = operands_of(region, spec, operands, dtype)
     if not region.manual:
         return tap("einsum", result, _settle(region, ready.stated(region, formula), result))
+    if isinstance(region.partitioner, Manual) and region.partitioner.overlap == "ring":
+        made = ring_product(region, formula, terms, result, ready)
+        if made is not None:
+            return tap("einsum", result, made)
     moved = ready.moved(region)
     made = product(formula, *moved) if len(moved) == 2 else jnp.einsum(formula, *moved)
     return tap("einsum", result, finish(made, ready.plan.reduce, ready.plan.produced, ready.wanted))
@@ -117,7 +124,13 @@ def cross_entropy(logits: Array, labels: Array, names: str) -> Array:
 
     The classes are the last of `names`. Where they are split, only the maximum, the sum of exponentials and the label's
     logit cross devices, one number a token each (Shoeybi et al. 2019, section 3). Result: names without the last.
+    `sharding.unembed` computes the same without whole logits. A label that is no class has the logit 0: weigh it 0.
     """
+    return token_losses(logits, labels, names)[0]
+
+
+def token_losses(logits: Array, labels: Array, names: str) -> tuple[Array, Array]:
+    """`cross_entropy`, and the log-partition beside it: log sum exp of a token's logits, of which z-loss is a square."""
     words = tuple(names.split())
     kept = words[:-1]
     region = current()
@@ -137,32 +150,51 @@ def cross_entropy(logits: Array, labels: Array, names: str) -> Array:
     chosen = jnp.sum(jnp.where(own, z, jnp.zeros((), z.dtype)), axis=-1)
     if classes:
         total, chosen = lax.psum((total, chosen), classes)
-    loss = jnp.log(total) + top - chosen
+    partition = jnp.log(total) + top
+    nats = partition - chosen
     if region is None or not region.manual:
-        return tap("cross_entropy", kept, _settle(region, loss, kept))
-    return tap("cross_entropy", kept, region.move(loss, dims[:-1], region.dims(kept)))
+        return tap("cross_entropy", kept, _settle(region, nats, kept)), _settle(region, partition, kept)
+    lies = region.dims(kept)
+    return tap("cross_entropy", kept, region.move(nats, dims[:-1], lies)), region.move(
+        partition, dims[:-1], lies
+    )
 
 
 def positions(x: Array, names: str, name: str = "length") -> Array:
-    """Global positions along the dim `name` of `x` as it lies here: int32, local length. `names` are the dims of `x`."""
+    """Global positions along the dim `name` of `x` as it lies here: int32, local length. `names` are the dims of `x`.
+
+    They count up from one device to the next unless a rule lays this name in an order of its own.
+    """
     words = tuple(names.split())
     at = words.index(name)
     region = current()
     index = jnp.arange(x.shape[at], dtype=jnp.int32)
-    if region is not None and region.manual and region.dims(words)[at]:
-        index = index + (lax.axis_index(region.dims(words)[at]) * x.shape[at]).astype(jnp.int32)
-    return index
+    if region is None or not region.manual:
+        return index
+    axes, size = region.dims(words)[at], x.shape[at]
+    if axes:
+        index = index + (lax.axis_index(axes) * size).astype(jnp.int32)
+        size = size * lax.axis_size(axes)
+    order, parts = region.ordered(name)
+    return index if order is None else order.position(index, size, parts)
 
 
 def whole(x: Array, names: str, *full: str) -> tuple[Array, Dims]:
-    """`x` with the dims `full` gathered on every device, and the layout it then has: for ops that need a whole dim."""
+    """`x` with the dims `full` gathered on every device, and the layout it then has: for ops that need a whole dim.
+
+    Its positions then count in their own order, whatever order the rules lay them in.
+    """
     words = tuple(names.split())
     region = current()
     if region is None or not region.manual:
         return x, ((),) * x.ndim
     src = region.dims(words)
     dst = tuple(() if n in full else axes for n, axes in zip(words, src, strict=True))
-    return region.move(x, src, dst), dst
+    x = region.move(x, src, dst)
+    for at, name in enumerate(words):
+        if name in full:
+            x = natural(region, x, at, name)
+    return x, dst
 
 
 def back(x: Array, names: str, dims: Dims) -> Array:
@@ -171,6 +203,9 @@ def back(x: Array, names: str, dims: Dims) -> Array:
     region = current()
     if region is None or not region.manual:
         return _settle(region, x, words)
+    for at, name in enumerate(words):
+        if not dims[at] and region.dims(words)[at]:
+            x = ordered(region, x, at, name)
     return region.move(x, dims, region.dims(words))
 
 
@@ -205,4 +240,4 @@ def _own_rows(ids: Array, axes: tuple[str, ...], rows: int) -> tuple[Array, Arra
     return local, (local >= 0) & (local < rows)
 
 
-__all__ = ["back", "cross_entropy", "einsum", "embed", "positions", "rms_norm", "whole"]
+__all__ = ["back", "cross_entropy", "einsum", "embed", "positions", "rms_norm", "token_losses", "whole"]

@@ -29,8 +29,15 @@ class Model(Protocol):
     """Entries of a batch, by name."""
 
     def loss(self, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
-        """Global sums over a batch: "loss", "weight" by which it is divided, and any others to be reported as means."""
+        """Global sums over a batch: "loss", "weight" by which it is divided, and any others to be reported as means. Where
+        more than the loss is to be made small (a penalty), the sum of it all is "objective".
+        """
         ...
+
+
+def objective(sums: Mapping[str, jax.Array]) -> jax.Array:
+    """Of a model's sums the one that is minimized: "objective" where it gives one, else "loss"."""
+    return sums.get("objective", sums["loss"])
 
 
 Init = Callable[[jax.Array, tuple[int, ...], jnp.dtype], jax.Array]

@@ -11,6 +11,7 @@ from jax import Array
 from sharding.errors import InputError
 from sharding.operands import operands_of
 from sharding.ops import einsum
+from sharding.partitioner import Manual
 from sharding.product import product
 from sharding.region import current, names_of, tap
 
@@ -52,6 +53,9 @@ def _joined(
     alike = all(r.plan.operands[0] == ready[0].plan.operands[0] and r.union == ready[0].union for r in ready)
     settled = all(not r.plan.reduce and r.plan.produced == r.wanted for r in ready)
     split = any(axes for r in ready for axes in r.plan.operands[1])
+    rings = isinstance(region.partitioner, Manual) and region.partitioner.overlap == "ring"
+    if rings and ready[0].use[0] != ready[0].plan.operands[0]:
+        return None  # one by one, off the same ring
     if not (alike and settled and split):
         return None
     moved = [r.moved(region) for r in ready]

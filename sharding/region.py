@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,7 @@ from jax.extend.core import get_opaque_trace_state
 from jax.sharding import Mesh, NamedSharding
 
 from sharding.layout import Dims, Layouts, ParamLayouts
+from sharding.order import Order
 from sharding.partitioner import Auto, Manual, Partitioner
 from sharding.relayout import relayout, vary, varying
 
@@ -41,8 +42,16 @@ class Tap:
     """The layer that it belongs to, "layers 3"; "" outside any, and in a scan, where one trace stands for all."""
 
 
-Listener = Callable[[Tap, Array], Array]
-"""Given every named op's result as it is traced; what it returns takes the result's place."""
+class Listener(Protocol):
+    """What is told every named op's result as it is traced."""
+
+    def zero(self, tap: Tap, /) -> Array | None:
+        """A zero to be added to the result that is heard next, whose gradient is then the result's; None adds nothing."""
+        ...
+
+    def hear(self, tap: Tap, x: Array, /) -> None:
+        """The result, with its zero."""
+        ...
 
 
 @dataclass
@@ -57,8 +66,7 @@ class Region:
     platform: str = "cpu"
     """What the trace is for: some ops have a better form on one platform."""
     listen: Listener | None = None
-    """Called with every named op's result. Layers are unrolled and nothing is rematerialized then, so that each result
-    is one value of the trace that was entered."""
+    """Told every named op's result, as a value of the trace that was entered. Nothing is rematerialized then."""
     scope: str = ""
     """Where in the model the trace is, for taps."""
     _memo: dict[tuple, tuple[Any, Array, Array]] = field(default_factory=dict)
@@ -71,6 +79,10 @@ class Region:
     def dims(self, names: tuple[str, ...]) -> Dims:
         """Layout of an activation with these names."""
         return self.layouts.activation(names).dims
+
+    def ordered(self, name: str) -> tuple[Order | None, int]:
+        """The order in which positions of a dim of this name lie here, and the devices of its axis (`Layouts.order`)."""
+        return self.layouts.order(name) if self.manual else (None, 1)
 
     def once(self, x: Array, what: tuple, make: Callable[[], Array]) -> Array:
         """`make()`, made once for this array in this trace.
@@ -169,7 +181,12 @@ def tap(op: str, names: tuple[str, ...], x: Array) -> Array:
     seen = Tap(op, names, tuple(x.shape), str(x.dtype), source, region.scope)
     if region.taps is not None:
         region.taps.append(seen)
-    return x if region.listen is None else region.listen(seen, x)
+    if region.listen is None:
+        return x
+    zero = region.listen.zero(seen)
+    x = x if zero is None else x + zero
+    region.listen.hear(seen, x)
+    return x
 
 
 __all__ = [

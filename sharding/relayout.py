@@ -7,8 +7,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 from jax import Array, lax, typeof
 
+from sharding.axes import AXES
 from sharding.errors import InputError
 from sharding.layout import Dims
 from sharding.moves import common, exchange, scatter_axes
@@ -67,6 +69,22 @@ def finish(x: Array, partial: tuple[str, ...], src: Dims, dst: Dims) -> Array:
     if left:
         x = lax.psum(vary(x, frozenset(left)), left)
     return relayout(x, tuple(now), dst)
+
+
+def permuted(x: Array, axes: tuple[str, ...], send: list[tuple[int, int]]) -> Array:
+    """`x` from device to device, `send` in the numbers that the devices have along `axes`, major to minor.
+
+    jax numbers them by the mesh's order of axes in one version and refuses another in the next (the probe
+    `permute_axis_order`), so the axes are named in that order.
+    """
+    sizes = [lax.axis_size(a) for a in axes]
+    named = tuple(sorted(axes, key=AXES.index))
+
+    def number(index: int) -> int:
+        place = dict(zip(axes, np.unravel_index(index, sizes), strict=True))
+        return int(np.ravel_multi_index([place[a] for a in named], [lax.axis_size(a) for a in named]))
+
+    return lax.ppermute(x, named, [(number(i), number(j)) for i, j in send])
 
 
 def _gather(x: Array, dim: int, axes: tuple[str, ...], stays_varying: frozenset[str]) -> Array:

@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 
 from sharding.axes import AXES, nearest
 from sharding.errors import InputError
+from sharding.order import Order
 
 PARAM_ROLES = ("compute", "param", "gradient", "optimizer")
 ROLES = (*PARAM_ROLES, "activation")
@@ -35,6 +36,8 @@ class Split:
     """"error": a taken dim or axis is a conflict. "also": a taken dim is split further by this axis, inside the split
     it has. "decline": the placement is left out, counted and explained. "also or decline": a taken dim is split further,
     a taken axis declines."""
+    otherwise: str = ""
+    """What else can be done where the dim does not divide: ends the error's paragraph."""
 
     def __post_init__(self) -> None:
         if self.when_taken not in ("error", "also", "decline", "also or decline"):
@@ -128,6 +131,8 @@ class Rule:
     activation: Placing = field(default_factory=dict)
     replicated: tuple[str, ...] = ()
     """Names that this rule declares to stay whole, so that no other rule needs to know them."""
+    order: Mapping[str, Order] = field(default_factory=dict)
+    """Names whose positions lie in another order than they count in, such as {"length": ZigZag("context")}."""
     call: str = field(default="", init=False)
     """The expression that makes this rule, e.g. `fsdp(axis='fsdp')`; filled by `@rule`."""
     source: str = field(default="", init=False)
@@ -151,7 +156,7 @@ class Rule:
     def names(self) -> set[str]:
         """Every name that the rule's mappings and `replicated` speak of (functions speak of none)."""
         tables = (getattr(self, role) for role in ROLES)
-        return {n for t in tables if not callable(t) for n in t} | set(self.replicated)
+        return {n for t in tables if not callable(t) for n in t} | set(self.replicated) | set(self.order)
 
     def place(self, ask: Ask) -> Mapping[str, Split]:
         """What this rule wants for one array: name -> Split."""

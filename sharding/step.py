@@ -10,43 +10,26 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax import Array, lax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import PartitionSpec
 
 from sharding.accumulate import accumulated
-from sharding.layout import Layout, Layouts, ParamLayouts, contribution_axes
-from sharding.params import Model, ParamSpec, bind, declare, initial, lay
-from sharding.partitioner import Manual, Partitioner
-from sharding.region import Listener, Region, enter, wide
+from sharding.laid import Laid, Split, State
+from sharding.layout import Layout, contribution_axes
+from sharding.ordered import enter as enter_order
+from sharding.ordered import leave as leave_order
+from sharding.params import Model, bind, initial, lay, objective
+from sharding.partitioner import Manual
+from sharding.region import Listener, Region, current, enter, wide
 from sharding.relayout import finish, relayout, vary, varying
 
-State = dict[str, Any]
-"""params: path -> array; optimizer: optax state; step: int32 scalar, the number of updates made."""
 
-
-@dataclass(frozen=True)
-class Split:
-    """How training is split: rules on a mesh under a partitioner, with gradients accumulated over micro-batches."""
-
-    layouts: Layouts
-    mesh: Mesh | None
-    partitioner: Partitioner = field(default_factory=Manual)
-    accumulate: int = 1
-    platform: str = ""
-    """The platform to trace for ("cpu", "gpu", "tpu"); "" takes that of the mesh's devices."""
-
-    def target(self) -> str:
-        """The platform that the step is for."""
-        return self.platform or (self.mesh.devices.flat[0].platform if isinstance(self.mesh, Mesh) else "cpu")
-
-
-class TrainStep:
+class TrainStep(Laid):
     """A model, an optimizer and a split, made into compiled functions.
 
     `init(seed)` gives the state, `step(state, batch)` an updated state and metrics (loss in nats per weight, weight,
@@ -56,63 +39,11 @@ class TrainStep:
     def __init__(
         self, model: Model, optimizer: optax.GradientTransformation, split: Split, clip: float = math.inf
     ):
-        self.model, self.optimizer, self.split, self.clip = model, optimizer, split, clip
-        self.tree: dict[str, ParamSpec] = declare(model)
-        self.layouts: dict[str, ParamLayouts] = {
-            p: split.layouts.param(p, s.names, s.shape) for p, s in self.tree.items()
-        }
-        self.inputs: dict[str, Layout] = {
-            k: split.layouts.activation(tuple(entry.names.split())) for k, entry in model.inputs.items()
-        }
+        super().__init__(model, optimizer, split)
+        self.clip = clip
         self._varies = contribution_axes(self.layouts, list(self.inputs.values()))
         self.step = jax.jit(self.update, donate_argnums=0, out_shardings=(self.state_shardings(), None))
         self.evaluate = jax.jit(self.evaluation)
-
-    # what lies where
-
-    def sharding(self, layout: Layout) -> NamedSharding | None:
-        """The jax sharding of a layout on this split's mesh; None without a mesh."""
-        return None if self.split.mesh is None else NamedSharding(self.split.mesh, layout.spec())
-
-    def batch_shardings(self) -> dict[str, NamedSharding | None]:
-        """Where each entry of a batch lies."""
-        return {k: self.sharding(layout) for k, layout in self.inputs.items()}
-
-    def abstract_batch(self, rows: int) -> dict[str, jax.ShapeDtypeStruct]:
-        """Shapes and dtypes of a batch of `rows` rows."""
-        return {k: entry.abstract(rows) for k, entry in self.model.inputs.items()}
-
-    def abstract_state(self) -> State:
-        """Shapes, dtypes and shardings of the state, without arrays: what a checkpoint restores into."""
-        params = {p: s.abstract() for p, s in self.tree.items()}
-        state = {
-            "params": params,
-            "optimizer": jax.eval_shape(self.optimizer.init, params),
-            "step": jax.ShapeDtypeStruct((), jnp.int32),
-        }
-        put = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)
-        return state if self.split.mesh is None else jax.tree.map(put, state, self.state_shardings())
-
-    def state_shardings(self) -> Any:
-        """Where each leaf of the state lies: parameters at rest, optimizer state by its own role."""
-        if self.split.mesh is None:
-            return None
-        whole = NamedSharding(self.split.mesh, PartitionSpec())
-        abstract = {p: s.abstract() for p, s in self.tree.items()}
-
-        def lies(keys: tuple[Any, ...], leaf: Any) -> NamedSharding | None:
-            """Where a leaf is an array like a parameter, that parameter's layout; factored moments and counts whole."""
-            path = next((k.key for k in reversed(keys) if isinstance(k, jax.tree_util.DictKey)), "")
-            like = path in self.tree and leaf.shape == self.tree[path].shape
-            return self.sharding(self.layouts[path].optimizer) if like else whole
-
-        moments = jax.eval_shape(self.optimizer.init, abstract)
-        optimizer = jax.tree_util.tree_map_with_path(lies, moments)
-        return {
-            "params": {p: self.sharding(x.param) for p, x in self.layouts.items()},
-            "optimizer": optimizer,
-            "step": whole,
-        }
 
     def init(self, seed: int) -> State:
         """The state before the first step; parameters are bitwise equal on every mesh."""
@@ -129,8 +60,6 @@ class TrainStep:
     def _state(self, params: dict[str, Array]) -> State:
         start = jnp.zeros((), jnp.int32)
         return {"params": params, "optimizer": self.optimizer.init(params), "step": start}
-
-    # the computation
 
     def update(self, state: State, batch: Mapping[str, Array]) -> tuple[State, dict[str, Array]]:
         """What `step` compiles: one update of the state and its metrics."""
@@ -175,13 +104,20 @@ class TrainStep:
         split = self.split
         return Region(split.layouts, split.mesh, split.partitioner, taps, split.target(), listen)
 
+    def objective(self, params: dict[str, Array], batch: Mapping[str, Array]) -> Array:
+        """The sum whose gradient is taken, in whatever region is entered."""
+        return self._sums(params, batch)[0]
+
     def evaluate_sums(self, params: dict[str, Array], batch: Mapping[str, Array]) -> dict[str, Array]:
         """The model's global sums in whatever region is entered."""
         return self._sums(params, batch)[1]
 
     def _sums(self, params: dict[str, Array], batch: Mapping[str, Array]) -> tuple[Array, dict[str, Array]]:
+        region = current()
+        if region is not None:
+            batch = {k: enter_order(region, x, self.inputs[k].names) for k, x in batch.items()}
         sums = bind(self.model, params).loss(dict(batch))
-        return sums["loss"], sums
+        return objective(sums), sums
 
     def contributed(self, params: Mapping[str, Array]) -> dict[str, Array]:
         """Parameters of the manual region typed as varying over the axes that split the tokens: each device's gradient is
@@ -287,8 +223,13 @@ class TrainStep:
         """Call a method of the model on (array, names) inputs; the result, whose dims are `names`, is a global array."""
 
         def run(params, *arrays):
-            with enter(self.region()):
-                return getattr(bind(self.model, params), method)(*arrays)
+            with enter(self.region()) as region:
+                laid = (
+                    enter_order(region, x, tuple(n.split())) for x, (_, n) in zip(arrays, inputs, strict=True)
+                )
+                return leave_order(
+                    region, getattr(bind(self.model, params), method)(*laid), tuple(names.split())
+                )
 
         arrays = [x for x, _ in inputs]
         if self.split.mesh is None or not isinstance(self.split.partitioner, Manual):
@@ -297,3 +238,6 @@ class TrainStep:
         return self._manual(run, (self._rest_specs(), *(spec(n) for _, n in inputs)), spec(names))(
             params, *arrays
         )
+
+
+__all__ = ["Split", "State", "TrainStep"]

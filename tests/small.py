@@ -1,7 +1,8 @@
 """The quickstart, shrunk until it trains in a second, for tests that need a whole run.
 
-Its text is a package of Python's standard library. Two environment variables reach into its data: SLOW makes every
-batch take so many seconds, so that a run can be stopped at a known step, and ROWS_LOG names a file for the rows read.
+Its text is a package of Python's standard library. Three environment variables reach into its data: SLOW makes every
+batch take so many seconds, so that a run can be stopped at a known step, ROWS_LOG names a file for the rows read, and
+FACTS_LOG one for the questions what is known of the held-out text.
 """
 
 from __future__ import annotations
@@ -46,7 +47,15 @@ class Watched(Text):
                         file.write(json.dumps([step, start, stop]) + "\\n")
             return rows(split, seed, step, batch, start, stop)
 
-        dataset.rows = watched
+        facts = dataset.heldout_facts
+
+        def asked(rows):
+            if log := os.environ.get("FACTS_LOG"):
+                with open(log, "a") as file:
+                    file.write(f"{rows}\\n")
+            return facts(rows)
+
+        dataset.rows, dataset.heldout_facts = watched, asked
         return dataset
 
 

@@ -8,6 +8,7 @@ import importlib
 import importlib.util
 import inspect
 import math
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,12 +21,14 @@ from flax import nnx
 from hypothesis import strategies as st
 from jax.sharding import NamedSharding
 
-from sharding.axes import AXES, MeshShape
+from sharding import ordered
+from sharding.axes import NAMES, MeshShape
 from sharding.layout import Layouts
 from sharding.ledger import Collective, collectives
 from sharding.mesh import device_mesh
 from sharding.params import bind, declare, param, zeros
 from sharding.partitioner import Auto, Manual, Partitioner
+from sharding.proof.meshes import axes_of
 from sharding.region import Region, Tap, enter
 from sharding.rule import Ask, Rule, Rules, also, rule
 from sharding.step import Split, State, TrainStep
@@ -69,14 +72,39 @@ def factory(path: Path) -> Callable[..., Rules]:
     return getattr(load(path), path.stem)
 
 
-def default_axes(make: Callable[..., Rules]) -> list[str]:
-    """Mesh axes that a rule factory uses when called without arguments, read from its signature."""
-    return [p.default for p in inspect.signature(make).parameters.values() if p.default in AXES]
+def examples(path: Path, name: str = "") -> list[Rules]:
+    """The rules on which a rule file is tested: its factory without arguments, where it needs none, and every call of
+    itself that the factory's docstring shows in backquotes.
+    """
+    module = load(path, name)
+    make = getattr(module, path.stem)
+    free = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    needs = [
+        p.name
+        for p in inspect.signature(make).parameters.values()
+        if p.default is p.empty and p.kind not in free
+    ]
+    shown = re.findall(rf"`({path.stem}\(.+?\))`", make.__doc__ or "", re.DOTALL)
+    calls = [*([] if needs else [f"{path.stem}()"]), *shown]
+    assert calls, (
+        f"{path.name}: {path.stem} needs {', '.join(needs)}, so its docstring must show a call of it in backquotes to be "
+        f"tested on, such as `{path.stem}({needs[0]}=...)`."
+    )
+    return [eval(call, dict(vars(module))) for call in calls]
 
 
-def default_mesh(make: Callable[..., Rules]) -> MeshShape:
-    """A mesh of up to 8 devices that gives every default axis of a rule more than one device."""
-    axes = sorted(default_axes(make), key=AXES.index)
+def split_axes(rules: Rules) -> tuple[str, ...]:
+    """Mesh axes that rules speak of in their mappings, or place on the small perceptron or on an activation that has every
+    name, outermost first.
+    """
+    model = model_configs()["mlp"].build()
+    inputs = [tuple(entry.names.split()) for entry in model.inputs.values()]
+    return axes_of(rules, declare(model), [*inputs, tuple(NAMES)])
+
+
+def split_mesh(rules: Rules) -> MeshShape:
+    """A mesh of up to 8 devices that gives every axis that rules split over more than one device."""
+    axes = split_axes(rules)
     sizes = {1: (4,), 2: (2, 4), 3: (2, 2, 2)}.get(len(axes), ())
     return MeshShape.of(*zip(axes, sizes, strict=True))
 
@@ -303,8 +331,9 @@ class Through:
             return self.call(self._bound(params), inputs)
 
         def run(params: dict[str, Any], inputs: dict[str, Any]) -> Any:
-            with enter(Region(self.layouts, self.mesh, self.partitioner, self.taps)):
-                return self.call(self._bound(params), inputs)
+            with enter(Region(self.layouts, self.mesh, self.partitioner, self.taps)) as region:
+                laid = {k: ordered.enter(region, x, self.names[k]) for k, x in inputs.items()}
+                return ordered.leave(region, self.call(self._bound(params), laid), self.out)
 
         if isinstance(self.partitioner, Auto):
             return run(params, inputs)

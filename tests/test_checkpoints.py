@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import os
 import re
@@ -457,16 +458,67 @@ with CheckpointStore(sys.argv[1], 1) as store:
 """
 
 
-@pytest.mark.slow
-def test_two_processes_save_and_one_restores(tmp_path: Path) -> None:
+def _both(code: str, folder: Path) -> list[tuple[str, str]]:
+    """What two processes that meet print: standard output and error of each."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    processes = [_start(TWO, str(tmp_path), port, str(rank)) for rank in range(2)]
-    said = [process.communicate(timeout=60) for process in processes]
+    processes = [_start(code, str(folder), port, str(rank)) for rank in range(2)]
+    try:
+        return [process.communicate(timeout=60) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+            process.communicate()
+
+
+@pytest.mark.slow
+def test_two_processes_save_and_one_restores(tmp_path: Path) -> None:
+    said = _both(TWO, tmp_path)
     assert ["result 2 2 True" in out for out, _ in said] == [True, True], said
     place = NamedSharding(_mesh(1, 8), P("fsdp"))
     with _store(tmp_path) as store:
         assert (store.steps(), store.notes) == ([2], [])
         state, _ = store.restore(2, {"x": jax.ShapeDtypeStruct((8, 8), jnp.float32, sharding=place)})
     np.testing.assert_array_equal(np.asarray(state["x"]), np.arange(64).reshape(8, 8) + 2)
+
+
+READ = (
+    TWO[: TWO.index("rows =")]
+    + """
+import experiments.checkpoint_folder as on_disk
+from sharding.errors import InputError
+hashed, sha256 = [], on_disk._sha256
+on_disk._sha256 = lambda path: (hashed.append(str(path)), sha256(path))[1]
+with CheckpointStore(sys.argv[1], 9) as store:
+    for step in store.steps():
+        try:
+            said = sorted(store.meta(step)["tree"])
+        except InputError as error:
+            said = str(error)
+        print(f"\\n{step}: {said}", flush=True)
+print("hashed", hashed)
+"""
+)
+
+
+@pytest.mark.parametrize("smallest", [True, False])
+def test_two_processes_read_every_file_once_and_refuse_the_same_step_together(
+    smallest: bool, copy: Path
+) -> None:
+    """The damage lies in a file that one of the two reads: the other would wait for it in Orbax."""
+    flipped = (min if smallest else max)((copy / "20" / "state").rglob("d/*"), key=lambda p: p.stat().st_size)
+    held = bytearray(flipped.read_bytes())
+    held[len(held) // 2] ^= 1
+    flipped.write_bytes(held)
+    said = _both(READ, copy)
+    told = [[line for line in out.splitlines() if line[:4] in ("10: ", "20: ")] for out, _ in said]
+    assert told[0] == told[1], said
+    assert "params/embed/w" in told[0][0]
+    assert f"{flipped.name} has other bytes than were sealed. Move the folder" in told[0][1]
+    read = [ast.literal_eval(out.partition("hashed ")[2]) for out, _ in said]
+    assert all(read), "each has its share"
+    whole = {str(p) for item in ("state", "meta") for p in (copy / "10" / item).rglob("*") if p.is_file()}
+    both = [path for paths in read for path in paths]
+    assert len(both) == len(set(both)), "no file is read twice"
+    assert whole <= set(both)

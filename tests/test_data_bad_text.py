@@ -53,6 +53,7 @@ BAD = [
     ("a length of zero", with_file(b"word " * 500, length=0), "length must be at least 1"),
     ("a missing tokenizer", with_file(b"abc", tokenizer="none.json"), "no tokenizer at none.json"),
     ("a Debian package", lambda folder: JargonFile(root=str(folder)), "apt-get install dict-jargon"),
+    ("a token folder of no name", lambda folder: Tokens(folder=""), "folder of token files is empty text"),
     ("a missing token folder", lambda folder: Tokens(folder=str(folder)), "has no facts.json"),
 ]
 
@@ -88,6 +89,11 @@ FACTS: list[tuple[str, Callable[[dict], object], str]] = [
     ("bytes that are null", lambda facts: {**facts, "heldout_bytes": None}, "of None. Build"),
     ("no bytes", lambda facts: {**facts, "heldout_bytes": 0}, "of 0. Build the folder again"),
     ("a list", list, "holds a JSON list"),
+    (
+        "changed bytes below 0",
+        lambda facts: {**facts, "heldout_changed_bytes": -1},
+        "heldout_changed_bytes in .* is -1",
+    ),
     ("a figure that is text", lambda facts: {**facts, "heldout_xz_bits_per_byte": "abc"}, "is 'abc', but"),
     (
         "counts that are no numbers",

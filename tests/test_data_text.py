@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import lzma
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +18,7 @@ from hypothesis import strategies as st
 from experiments.data.store import pieces, prepare, windows
 from experiments.data.store.pieces import passages
 from experiments.data.store.split import heldout_files, place
-from experiments.data.store.statistics import cross_entropy_bits, entropy_bits
+from experiments.data.store.statistics import TextStatistics, cross_entropy_bits, entropy_bits
 from experiments.data.store.tokenizer import ByteTokenizer, train_bpe
 from experiments.data.store.windows import WindowDataset
 from experiments.data.text import Text
@@ -162,6 +164,63 @@ def test_of_more_text_than_xz_reads_in_seconds_no_xz_is_told(
     assert not {"xz_bits_per_byte", "xz_bytes"} & set(dataset.heldout_facts(3))
 
 
+def test_what_is_told_of_heldout_rows_is_measured_once_a_text(
+    notes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured: list[str] = []
+
+    class Counted(TextStatistics):
+        def __init__(self, compress: str = "none"):
+            measured.append(compress)
+            super().__init__(compress)
+
+    def told(rows: int) -> dict[str, float]:
+        """As a process that has just started."""
+        return Text(path=str(notes), length=16).open(tmp_path / "cache").heldout_facts(rows)
+
+    monkeypatch.setattr(windows, "TextStatistics", Counted)
+    first = told(5)
+    assert [told(5), told(5)] == [first, first]
+    assert measured == ["xz"]
+    assert told(2)["xz_bits_per_byte"] != first["xz_bits_per_byte"]
+    assert measured == ["xz"] * 2
+    (kept,) = [p for p in (tmp_path / "cache").rglob("measured-*.json") if '"bytes": 80,' in p.read_text()]
+    whole = kept.read_text()
+    for damaged in (
+        "",
+        "[]",
+        "{",
+        whole.replace('"xz_bytes": 80', '"xz_bytes": 81'),
+        whole.replace("80", "null"),
+    ):
+        assert damaged != whole
+        kept.write_text(damaged)
+        assert told(5) == first
+        assert kept.read_text() == whole
+    assert measured == ["xz"] * 7
+    (notes / "part0" / "note00.txt").write_text("Another text of this name.\n" * 40, encoding="utf-8")
+    other = told(5)
+    assert len(measured) == 8
+    assert other["unigram_bits_per_byte"] != first["unigram_bits_per_byte"]
+
+
+def test_a_folder_that_cannot_be_written_tells_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dataset = Tokens.example(tmp_path).open(tmp_path)
+    there = sorted(tmp_path.rglob("*"))
+
+    def refuse(path: Path, *_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "write_text", refuse)  # a user with root's rights may write into any folder
+        refused = dataset.heldout_facts(3)
+    assert sorted(tmp_path.rglob("*")) == there
+    assert refused == dataset.heldout_facts(3)
+    assert len(list(tmp_path.rglob("measured-*.json"))) == 1
+
+
 def test_uniform_bytes_take_eight_bits() -> None:
     assert entropy_bits(np.full(256, 9)) == pytest.approx(8)
     assert cross_entropy_bits(np.full(256, 9), np.full(256, 3)) == pytest.approx(8)
@@ -225,6 +284,22 @@ def test_a_killed_build_is_cleared_away(notes: Path, tmp_path: Path) -> None:
     assert not stale.exists()
 
 
+CHANGING: dict[str, dict[str, Any]] = {
+    "lower case": {"normalizer": {"type": "Lowercase"}},
+    "words": {
+        "model": {
+            "type": "WordPiece", "unk_token": "<unk>", "continuing_subword_prefix": "##",
+            "max_input_chars_per_word": 100,
+            "vocab": {"<|endoftext|>": 0, "<unk>": 1, "This": 2, "is": 3, "note": 4, "na\u00efve": 5, "short": 6},
+        },
+        "pre_tokenizer": {"type": "Whitespace"},
+        "decoder": {"type": "WordPiece", "prefix": "##", "cleanup": True},
+    },
+    "bytes as letters": {"decoder": None},
+}  # fmt: skip
+"""Parts of a tokenizer's file with which it does not give its text back."""
+
+
 class TestBPE:
     @pytest.fixture
     def bpe(self, notes: Path, tmp_path: Path) -> WindowDataset:
@@ -263,6 +338,49 @@ class TestBPE:
             assert got["unigram_bits_per_byte"] == cross_entropy_bits(counts, train)
         assert bpe.tokenizer.text(bpe.files["train"].tokens) == train_text
         assert train_text.count(b"\0") > 1
+
+    @pytest.mark.parametrize("kind", ["lower case", "words", "bytes as letters"])
+    def test_where_a_tokenizer_changes_its_text_no_bytes_are_told(
+        self, kind: str, bpe: WindowDataset, notes: Path, tmp_path: Path
+    ) -> None:
+        """Lower case has as many bytes as what it was made from, and yet is another text."""
+        told = TestBPE.changed_by(CHANGING[kind], notes, tmp_path)
+        facts, got = told.facts, told.heldout_facts(3)
+        assert got["tokens"] == 24
+        assert set(got) == {"tokens", "no_bits_per_byte"}
+        assert (
+            f"{facts['heldout_changed_bytes']:,} of {facts['heldout_bytes']:,} held-out bytes"
+            in got["no_bits_per_byte"]
+        )
+        assert facts["heldout_bytes"] == bpe.facts["heldout_bytes"]
+        assert told.bytes_per_token_heldout == facts["heldout_bytes"] / facts["heldout_tokens"], (
+            "of the real text"
+        )
+        assert not list(tmp_path.rglob("measured-*.json"))
+
+    def test_a_normalizer_that_leaves_this_text_as_it_is_does_no_harm(
+        self, bpe: WindowDataset, notes: Path, tmp_path: Path
+    ) -> None:
+        nfc = TestBPE.changed_by({"normalizer": {"type": "NFC"}}, notes, tmp_path)
+        assert nfc.facts["heldout_changed_bytes"] == 0
+        assert nfc.heldout_facts(7) == bpe.heldout_facts(7)
+
+    def test_token_files_that_do_not_say_so_tell_no_bytes(self, bpe: WindowDataset) -> None:
+        path = bpe.folder / "facts.json"
+        facts = json.loads(path.read_text())
+        assert facts.pop("heldout_changed_bytes") == 0
+        path.write_text(json.dumps(facts))
+        assert (
+            "remove it and write it again"
+            in WindowDataset(bpe.folder, 8).heldout_facts(2)["no_bits_per_byte"]
+        )
+
+    @staticmethod
+    def changed_by(change: dict[str, Any], notes: Path, tmp_path: Path) -> WindowDataset:
+        """The notes in the tokens of the fixture's BPE with parts of its file changed."""
+        path = tmp_path / "changed.json"
+        path.write_text(json.dumps(json.loads((tmp_path / "bpe.json").read_text()) | change))
+        return Text(path=str(notes), length=8, tokenizer=str(path)).open(tmp_path / "cache")
 
     def test_text_cannot_forge_a_document_boundary(self, bpe: WindowDataset) -> None:
         ids = bpe.encode("a<|endoftext|>b")

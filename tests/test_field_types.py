@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NewType
 
+import numpy as np
 import pytest
 
 from experiments import sweep
@@ -59,6 +60,61 @@ def test_a_value_of_another_type_is_one_paragraph(
     field = WRONG[change][0].partition(" ")[0]
     for part in (f"config() in {path}", *WRONG[change], f"Change {field}."):
         assert part in said
+
+
+@pytest.mark.parametrize(
+    ("change", "field", "own"),
+    [
+        ("steps=np.int64(120)", "steps is np.int64(120), but", "int(...) around it, or 120."),
+        ("model=replace(e.model, theta=np.float32(0.5))", "model.theta = np.float32(0.5)", "float(...) around it, or 0.5"),
+        ("mesh=replace(e.mesh, data=np.int32(2))", "mesh.data = np.int32(2), but it takes a whole", "int(...) around it"),
+        ("batch=np.array(16)", "batch is array(16)", "a numpy ndarray"),
+    ],
+)  # fmt: skip
+def test_a_number_of_numpys_is_told_from_pythons_own(
+    change: str, field: str, own: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write(tmp_path, "import numpy as np\n" + CHANGED.format(change))
+    assert shardlab("explain", path) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    for part in (field, own, "Python's own numbers"):
+        assert part in said
+
+
+def test_a_number_of_numpys_that_would_not_do_as_pythons_own_is_of_another_type() -> None:
+    with pytest.raises(InputError, match=r"Change maybe\.$"):
+        check_types(Kinds(maybe=np.float64(2.5)), "it")  # type: ignore[arg-type]
+    check_types(Kinds(many=(np.float64(2.5),)), "it")  # a float by its class
+
+
+@pytest.mark.parametrize(
+    ("holds", "said"),
+    [
+        ("m", "a model.me that is the model which holds it"),
+        ("{'a': [1, m]}", "a model.me['a'][1] that is the model which holds it"),
+        ("ring", "a model.me[0] that is the model.me which holds it"),
+    ],
+)
+@pytest.mark.parametrize("annotation", ["Any", "'Mine | None'"])
+def test_a_value_that_holds_itself_is_one_paragraph(
+    holds: str, said: str, annotation: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = (
+        "import dataclasses\nfrom typing import Any\n" + QUICKSTART + "@dataclasses.dataclass(frozen=True)\n"
+        f"class Mine:\n    me: {annotation} = None\n    def build(self): ...\n"
+        "def config():\n    m, ring = Mine(), []\n    ring.append(ring)\n"
+        f"    object.__setattr__(m, 'me', {holds})\n    return replace(quickstart(), model=m)\n"
+    )
+    assert shardlab("explain", write(tmp_path, text)) == 2
+    shown = capsys.readouterr().err
+    assert shown.count("\n") == 1
+    assert said in shown
+
+
+def test_one_value_in_two_places_holds_not_itself() -> None:
+    both = Inner()
+    check_types(Kinds(union=both, free=[both, (both, [both])]), "it")
 
 
 def test_an_int_may_stand_for_a_float(tmp_path: Path) -> None:

@@ -199,6 +199,74 @@ def test_loss_is_in_bits_per_byte_where_every_run_can_say_so(tmp_path: Path) -> 
     assert not {"unigram 4.75", "xz 2.25"} & {t.get_text() for t in axes.texts}
 
 
+def resumed_on(path: Path, before: dict[str, Any], after: dict[str, Any]) -> list[Any]:
+    """Records of a run that was resumed after step 20 with other rows to evaluate: what is known of the texts."""
+    with Records(path, replace(HEADER, details={**HEADER.details, "evaluated": before})) as records:
+        values: dict[str, float] = {"loss": 2.0}
+        for step in range(1, 21):
+            records.write("step", "measured", values | {"tokens": 4096 * step}, step=step)
+            if step % 10 == 0:
+                size = before.get("bytes_per_token")
+                bits = {} if size is None else {"bits_per_byte": 2.0 / math.log(2) / size}
+                records.write("eval", "measured", values | bits, step=step)
+    with Records(
+        path, replace(HEADER, details={**HEADER.details, "evaluated": after}, resumed_step=20)
+    ) as records:
+        for step in range(21, 41):
+            records.write("step", "measured", values | {"tokens": 4096 * step}, step=step)
+            if step % 10 == 0:
+                size = after["bytes_per_token"]
+                records.write(
+                    "eval", "measured", {"loss": 1.0, "bits_per_byte": 1 / math.log(2) / size}, step=step
+                )
+    return read(path)
+
+
+def points_of(axes: Any) -> dict[str, list[tuple[float, float]]]:
+    """Face colour -> held-out points."""
+    marked = [line for line in axes.get_lines() if line.get_linestyle() == "None"]
+    return {
+        str(line.get_markerfacecolor()): [tuple(p) for p in np.asarray(line.get_xydata()).tolist()]
+        for line in marked
+    }
+
+
+def test_a_run_resumed_on_another_held_out_text_keeps_the_two_apart(tmp_path: Path) -> None:
+    one = {"bytes_per_token": 4.0, "unigram_bits_per_byte": 4.5, "xz_bits_per_byte": 2.0}
+    two = {"bytes_per_token": 2.0, "unigram_bits_per_byte": 4.75, "xz_bits_per_byte": 2.25}
+    records = resumed_on(tmp_path / "a.jsonl", one, two)
+    figure = loss_curves.draw(records)
+    axes = figure.axes[0]
+    nat = 1 / math.log(2)
+    assert points_of(axes) == {
+        style.colour(0): [(40960.0, pytest.approx(2 * nat / 4)), (81920.0, pytest.approx(2 * nat / 4))],
+        "white": [(122880.0, pytest.approx(nat / 2)), (163840.0, pytest.approx(nat / 2))],
+    }
+    said = {text.get_text() for text in axes.texts}
+    assert {"unigram 4.75", "xz 2.25", "unigram 4.50 (to step 20)", "xz 2.00 (to step 20)"} <= said
+    grey = {np.asarray(line.get_ydata())[0] for line in axes.get_lines() if line.get_color() == style.GREY}
+    assert grey == {4.5, 2.0, 4.75, 2.25}
+    assert "Filled points: of another held-out text" in figure.get_supxlabel()
+
+
+def test_records_from_before_a_text_was_known_are_told_from_those_after(tmp_path: Path) -> None:
+    figure = loss_curves.draw(
+        resumed_on(tmp_path / "a.jsonl", {}, {"bytes_per_token": 2.0, "xz_bits_per_byte": 2.25})
+    )
+    axes = figure.axes[0]
+    assert axes.get_title(loc="left") == "Loss (nats per token)", "of the first, nobody knows its bytes"
+    assert [len(points) for points in points_of(axes).values()] == [2, 2]
+    assert "Filled points: of another held-out text" in figure.get_supxlabel()
+
+
+def test_a_run_resumed_on_the_same_text_has_one(tmp_path: Path) -> None:
+    known = {"bytes_per_token": 2.0, "xz_bits_per_byte": 2.25}
+    figure = loss_curves.draw(resumed_on(tmp_path / "a.jsonl", known, known))
+    assert [len(points) for points in points_of(figure.axes[0]).values()] == [4]
+    assert "Filled" not in figure.get_supxlabel()
+    assert "xz 2.25" in {text.get_text() for text in figure.axes[0].texts}
+
+
 @pytest.mark.parametrize("what", ["no evaluation", "evaluations that are not finite"])
 def test_without_a_held_out_point_the_axes_have_their_full_height(what: str, tmp_path: Path) -> None:
     records = read(train(tmp_path / "a.jsonl"))
@@ -326,6 +394,12 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert not (tmp_path / "out" / "scaling.svg").exists()
     assert figures.main(["pie", *common]) == 2
     assert f"no figure 'pie'. The figures are {', '.join(build.figure_names())};" in capsys.readouterr().err
+    for name, why in (("./nofig.py", "it does not exist (looked for from "), (f"{run}.py", "it is a folder")):
+        run.with_name("runs.py").mkdir(exist_ok=True)
+        assert figures.main([name, *common]) == 2
+        assert f"There is no figure file {name}: {why}" in capsys.readouterr().err
+    assert figures.main(["scaling.py", *common]) == 2
+    assert "The figure scaling of shardlab's own is asked for without .py." in capsys.readouterr().err
     assert figures.main(["loss_curves", *common[:-1], "gif"]) == 2
     assert "saved as svg, pdf, png, not as gif" in capsys.readouterr().err
     assert figures.main(["--records", str(tmp_path / "nothing"), "--out", str(tmp_path)]) == 2

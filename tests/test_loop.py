@@ -106,7 +106,8 @@ def drive(
         Events(folder / "events.jsonl", HEADER) as events,
     ):
         schedule = e.optimizer.schedule(e.steps)
-        report = Reporter(e.steps, Work(10, 1, None), {}, records, events, show, schedule, jax.devices()[0])
+        work, device = Work(10, 1, None), jax.devices()[0]
+        report = Reporter(e.steps, work, {}, records, events, show, schedule, e.log_every, device)
         report.start(0)
         given: Any = told
         outcome = loop.run(e, given, given, {"params": None}, 0, given, {}, report)
@@ -119,12 +120,33 @@ def test_rates_are_those_of_the_schedule_however_long_the_run(monkeypatch: pytes
     """A run of 2**31 - 2 steps computes the blocks that it asks for, not an array of 8 GiB at its start."""
     schedule = AdamW(peak=1e-2, warmup=30).schedule(200)
     monkeypatch.setattr(reporting, "BLOCK", 16)
-    short = reporting.Rates(schedule, 200)
+    short = reporting.Rates(schedule, 200, 1)
     for step in (0, 1, 15, 16, 17, 40, 100, 101, 199, 3):
         assert short.of(step) == pytest.approx(float(schedule(step)), rel=1e-6)
-    long = reporting.Rates(lambda step: step, MOST_STEPS)
+    long = reporting.Rates(lambda step: step, MOST_STEPS, 1)
     for step in (0, 15, 16, 10**9, MOST_STEPS - 1):
         assert long.of(step) == step
+
+
+@pytest.mark.parametrize("every", [1, 3, 16, 40, 999])
+def test_a_rate_is_computed_before_it_is_asked_for(every: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else it would wait for the steps in between, also where these are more than a block."""
+    computed: list[int] = []
+
+    def schedule(step: Any) -> Any:
+        jax.debug.callback(lambda s: computed.append(int(s)), step)
+        return step
+
+    monkeypatch.setattr(reporting, "BLOCK", 16)
+    steps = 200
+    rates = reporting.Rates(schedule, steps, every)
+    start = 21  # a resumed run asks for the rate of its first step before it begins
+    assert rates.of(start) == start
+    for step in [s for s in range(start + 1, steps) if (s + 1) % every == 0 or s + 1 == steps]:
+        jax.effects_barrier()
+        assert step in computed
+        assert rates.of(step) == step
+    assert len(computed) == len(set(computed)), "no block is computed twice"
 
 
 END = {"evaluate": Evaluate(every=0, batches=1), "checkpoints": Checkpoints(every=0, keep=1)}

@@ -222,7 +222,7 @@ SPLITS = {
     "heads whole": data() | custom(activation={"kv_heads": "tensor"}),
     "length": data() | custom(activation={"length": "tensor"}),
     "length of queries only": data()
-    | custom(activation=lambda ask: {"length": "tensor"} if "heads" in ask.names else {}),
+    | custom(activation=lambda ask: {"length": "tensor"} if {"length", "heads"} <= {*ask.names} else {}),
     "length split twice": SPLIT_TWICE,
     "length and heads": data("fsdp") | tensor() | custom(activation={"length": "data"}),
     "head_dim": data() | custom(activation={"head_dim": "tensor"}),

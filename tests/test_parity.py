@@ -44,15 +44,15 @@ from tests.support import (
     assert_same,
     batches,
     custom,
-    default_mesh,
     departure,
-    factory,
+    examples,
     initial_params,
     load,
     make_step,
     model_configs,
     oracle,
     rule_files,
+    split_mesh,
     train,
     worst,
 )
@@ -141,10 +141,9 @@ def test_every_model_found_in_its_folder(model: str, partitioner: Partitioner) -
     check(model, data() | fsdp() | tensor(), SMALL_MESH, partitioner, accumulate=2)
 
 
-@pytest.mark.parametrize("path", rule_files(), ids=lambda p: p.stem)
-def test_every_rule_found_in_its_folder(path: Path) -> None:
-    make = factory(path)
-    check("mlp", make(), default_mesh(make))
+@pytest.mark.parametrize("rules", [r for path in rule_files() for r in examples(path)], ids=repr)
+def test_every_rule_found_in_its_folder(rules: Rules) -> None:
+    check("mlp", rules, split_mesh(rules))
 
 
 def test_a_rule_from_outside_the_repo(tmp_path: Path) -> None:

@@ -113,7 +113,7 @@ def test_rules_gone_wrong_are_told_in_one_paragraph() -> None:
 
         return odd()
 
-    with pytest.raises(InputError, match="'error', 'also' or 'decline'"):
+    with pytest.raises(InputError, match="'error', 'also', 'decline' or 'also or decline'"):
         Split("data", "eror")
     with pytest.raises(InputError, match="'regather' or 'keep'"):
         Manual(gathered="kept")  # pyright: ignore[reportArgumentType]

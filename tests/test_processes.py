@@ -29,7 +29,7 @@ def launch(home: Path, name: str, processes: int, *words: object) -> tuple[Path,
     running = [
         start(
             home, "train", "small.py", "--runs", name, *words, *meeting, *(("--processes.index", i) if meeting else ()),
-            ROWS_LOG=home / f"{name}-rows{i}",
+            ROWS_LOG=home / f"{name}-rows{i}", FACTS_LOG=home / f"{name}-facts{i}",
         )
         for i in range(processes)
     ]  # fmt: skip
@@ -98,6 +98,19 @@ def test_only_process_0_speaks_and_their_records_do_not_collide(pair: tuple[Path
     assert [r.values["loss"] for r in mine if r.kind == "step"] == [
         r.values["loss"] for r in theirs if r.kind == "step"
     ]
+
+
+def test_one_process_alone_measures_the_held_out_text_and_tells_the_others(
+    pair: tuple[Path, Path, list[str]], home: Path
+):
+    alone, both, _ = pair
+    assert [(home / f"both-facts{i}").exists() for i in (0, 1)] == [True, False]
+    (one,) = {json.dumps(r.header.details["evaluated"]) for r in read(alone / "records.jsonl")}
+    assert "xz_bits_per_byte" in one
+    for process in ("", "process1-"):
+        told = read(both / f"{process}records.jsonl")
+        assert {json.dumps(r.header.details["evaluated"]) for r in told} == {one}
+        assert all("bits_per_byte" in r.values for r in told if r.kind == "eval")
 
 
 def test_two_processes_of_two_devices_agree_with_one_of_four_to_rounding(home: Path):

@@ -16,7 +16,7 @@ from sharding.axes import AXES
 from sharding.errors import InputError
 from sharding.layout import Layouts
 from sharding.rule import Ask, Rule, Rules, also, first_dim, if_free, rule
-from tests.support import ROOT, custom, default_axes, factory, load, rule_files
+from tests.support import ROOT, custom, examples, factory, load, rule_files, split_axes
 
 OUTSIDE = '''
 """Column parallelism alone, as somebody's own file (no source but this file)."""
@@ -41,13 +41,42 @@ def _scope() -> dict[str, object]:
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
 def test_a_rule_file_holds_a_factory_of_its_name_whose_repr_makes_it_again(path: Path) -> None:
-    made = factory(path)()
-    assert isinstance(made, Rules)
-    assert made.chain
-    again = eval(repr(made), _scope())
-    assert again == made
-    assert hash(again) == hash(made)
-    assert repr(again) == repr(made)
+    for made in examples(path):
+        assert isinstance(made, Rules)
+        assert made.chain
+        again = eval(repr(made), _scope())
+        assert again == made
+        assert hash(again) == hash(made)
+        assert repr(again) == repr(made)
+
+
+NEEDY = '''
+"""One axis for one name, as somebody's own file (no source but this file)."""
+
+from sharding.rule import Rule, rule
+
+
+@rule
+def one(name: str, axis: str = "tensor") -> Rule:
+    """Split `name` over `axis`{}."""
+    return Rule(compute={{name: axis}}, activation={{name: axis}})
+'''
+
+
+def test_a_rule_that_needs_arguments_is_tested_on_the_calls_that_its_docstring_shows(tmp_path: Path) -> None:
+    path = tmp_path / "one.py"
+    path.write_text(NEEDY.format(""))
+    with pytest.raises(AssertionError, match=r"one needs name, so its docstring must show a call"):
+        examples(path, "somebodys_one")
+    path.write_text(NEEDY.format(": `one('mlp')`, `one('classes', 'data')`"))
+    made = examples(path, "somebodys_other_one")
+    assert [repr(r) for r in made] == ["one('mlp')", "one('classes', 'data')"]
+    assert [split_axes(r) for r in made] == [("tensor",), ("data",)]
+
+
+def test_every_rule_that_splits_has_an_example_that_does() -> None:
+    idle = {p.stem for p in FILES if not any(split_axes(r) for r in examples(p))}
+    assert idle == {"replicated"}  # it declares what stays whole
 
 
 @pytest.mark.parametrize(
@@ -75,24 +104,31 @@ def test_a_function_that_places_what_is_no_name_is_refused() -> None:
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
 def test_a_rule_points_at_its_own_lines(path: Path) -> None:
-    for one in factory(path)().chain:
+    chain = [one for made in examples(path) for one in made.chain]
+    for one in chain:
         file, _, line = one.source.rpartition(":")
         text = Path(file).read_text().splitlines()[int(line) - 1 :]
         assert text[0].startswith("@rule"), one.source
         assert text[1].startswith(f"def {one.call.partition('(')[0]}("), one.source
-    own = {Path(one.source.rpartition(":")[0]).stem for one in factory(path)().chain}
+    own = {Path(one.source.rpartition(":")[0]).stem for one in chain}
     assert path.stem in own or len(own) > 1, "a file makes its own rule, or chains those of others"
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
 def test_a_rule_file_is_short_and_says_where_it_comes_from(path: Path) -> None:
     make = factory(path)
-    assert len(path.read_text().splitlines()) <= 15
+    assert len(path.read_text().splitlines()) <= 40
     assert make.__doc__
-    assert SOURCE.search(str(load(path).__doc__)) or not default_axes(make), "a strategy names its paper"
-    assert all(
-        p.default in AXES for p in inspect.signature(make).parameters.values() if p.default is not p.empty
+    assert SOURCE.search(str(load(path).__doc__)) or not split_axes(examples(path)[0]), (
+        "a strategy names its paper"
     )
+    given = [p for p in inspect.signature(make).parameters.values() if p.default is not p.empty]
+    words = [p for p in given if str(p.annotation).startswith("Literal[")]
+    assert all(p.default in AXES for p in given if p not in words)
+    for p in words:
+        said = rf"{make.__name__}\({p.name}='neither'\): it is .*{p.default!r}"
+        with pytest.raises(InputError, match=said):
+            make(**{p.name: "neither"})
 
 
 def test_rules_and_configs_of_models_leave_jax_alone() -> None:

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tokenizers
 
 from experiments import run_folder
 from experiments.checkpoint_folder import seal, sealed_steps
@@ -73,6 +74,28 @@ def test_evaluation_stands_beside_unigram_and_xz_of_the_very_bytes_evaluated(who
     assert f"{evals[8]['bits_per_byte']:.3f} bits/byte (byte frequencies {unigram:.3f}, xz {xz:.3f})" in line
     for name, number in (("unigram", unigram), ("xz", xz)):
         assert f"<th>{name} bits per byte of the same text</th><td class=n>{number:.3f}</td>" in page
+
+
+def test_of_tokens_that_do_not_give_their_text_back_no_bits_per_byte_are_told(
+    capsys: pytest.CaptureFixture[str],
+):
+    """Most of this text becomes one token for whatever the vocabulary lacks: in bytes of what comes back, nonsense."""
+    tokenizer = tokenizers.Tokenizer(
+        tokenizers.models.WordPiece({"<|endoftext|>": 0, "<unk>": 1, "def": 2, "self": 3}, unk_token="<unk>")
+    )
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    tokenizer.decoder = tokenizers.decoders.WordPiece()
+    tokenizer.save("words.json")
+    words = ("--data.tokenizer", "words.json", "--steps", 2, "--sample.tokens", 0, "--runs", "words")
+    assert shardlab("train", "small.py", *words) == 0
+    run, said = only(Path("words")), capsys.readouterr().out
+    assert "no bits per byte: the tokenizer does not give its text back" in said
+    assert "bits/byte" not in said
+    (held,) = [r for r in read(run / "records.jsonl") if r.kind == "eval"]
+    assert "bits_per_byte" not in held.values
+    assert held.values["tokens"] == held.header.details["evaluated"]["tokens"] == 1024
+    assert json.loads((run / "result.json").read_text())["heldout_bits_per_byte"] is None
+    assert "n/a: the tokenizer does not give its text back" in (run / "report.html").read_text()
 
 
 def test_a_run_prints_one_line_a_step_and_where_arrays_lie(whole: tuple[Path, str]):
@@ -304,7 +327,10 @@ def test_a_run_killed_before_its_first_step_is_passed_over(
 
 def test_a_loss_that_is_not_finite_is_shown_and_recorded(capsys: pytest.CaptureFixture[str]):
     words = ("--optimizer.peak", "1e30", "--optimizer.warmup", 0, "--steps", 3, "--sample.tokens", 0)
-    assert shardlab("train", "small.py", "--runs", "nan", *words) == 0
+    assert shardlab("train", "small.py", "--runs", "nan", *words, "--json", "nan.json") == 0
+    for path in (Path("nan.json"), only(Path("nan")) / "result.json"):
+        found = json.loads(path.read_text(), parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+        assert found["loss"] == "NaN"
     recorded = losses(only(Path("nan")))
     assert math.isfinite(recorded[1])
     assert not math.isfinite(recorded[3])

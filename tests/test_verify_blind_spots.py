@@ -162,10 +162,10 @@ def test_a_model_that_casts_by_itself_has_the_budget_of_what_it_casts_to(opened:
     e = replace(small(), model=Own(Halved))
     for x64 in (False, True):
         made = judged(e, opened, BOTH, x64=x64)
-        assert made.within == "bfloat16"
+        assert made.within == dict.fromkeys(("loss", "gradient", "parameter", "optimizer"), "bfloat16")
         assert not made.departed, only(made)
         assert only(made).worst["gradient"].allowed >= 16 * 2**-8
-    assert judged(small(), opened, BOTH).within == ""
+    assert judged(small(), opened, BOTH).within == {}
 
 
 def test_without_a_mesh_to_verify_it_says_so(opened: Opened) -> None:

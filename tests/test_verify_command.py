@@ -108,3 +108,37 @@ def test_a_model_that_computes_something_else_in_double_is_refused(
     (folder / "learned.py").write_text("import jax\n" + MODEL.replace("x = rms_norm(", noise))
     assert main(["verify", "learned.py", "--meshes", "data=2"]) == 2
     assert "computes something else in double" in capsys.readouterr().err
+
+
+def test_a_sum_that_is_not_reduced_is_a_departure_with_its_line(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wrong = MODEL.replace('einsum("batch length ->", nats * weights)', "jnp.sum(nats * weights)")
+    assert wrong != MODEL
+    (folder / "learned.py").write_text(wrong)
+    line = 1 + next(i for i, text in enumerate(wrong.splitlines()) if "jnp.sum(" in text)
+    assert main(["verify", "learned.py", "--meshes", "data=2", "data=4", "--json", "said.json"]) == 1
+    said = capsys.readouterr().out
+    assert "departs at trace time" in said
+    assert f"learned.py:{line}" in said
+    assert said.count("a missing reduction over data") == 1  # both meshes say the same
+    told: dict[str, Any] = json.loads(Path("said.json").read_text())
+    verdicts = {(c["mesh"]["data"], c["partitioner"]): c["verdict"] for c in told["cases"]}
+    assert verdicts == {
+        (n, by): "departs" if by == "manual" else "agrees" for n in (2, 4) for by in ("manual", "auto")
+    }
+    assert told["cases"][0]["departure"]["phase"] == "trace"
+
+
+def test_an_error_of_the_types_inside_the_model_has_its_line(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scan = "at = jax.lax.scan(lambda c, row: (c + row[0], None), jnp.zeros(x.shape[2]), x)[0]\n        at = "
+    wrong = "import jax\n" + MODEL.replace("at = ", scan, 1)
+    (folder / "learned.py").write_text(wrong)
+    line = 1 + next(i for i, text in enumerate(wrong.splitlines()) if "lax.scan(" in text)
+    assert main(["verify", "learned.py", "--meshes", "data=2"]) == 1
+    said = capsys.readouterr().out
+    assert "departs at trace time" in said
+    assert re.search(rf"first +the model's line .*learned.py:{line}", said), said
+    assert "looks as an error that one device does not have" in said

@@ -25,10 +25,10 @@ from models.mlp_config import MLPConfig
 from models.transformer_config import TransformerConfig
 from sharding.errors import InputError
 from sharding.rule import Rules
-from tests.support import default_axes, factory, rule_files
+from tests.support import examples, rule_files, split_axes
 
-MAKERS = {path.stem: factory(path) for path in rule_files() if default_axes(factory(path))}
-"""Every shipped rule that splits something when it is called without arguments, found by its place."""
+EXAMPLES = {repr(r): r for path in rule_files() for r in examples(path) if split_axes(r)}
+"""Every shipped rule that splits something, found by its place, on the arguments that it is tested with."""
 COUNTED: dict[str, int] = {}
 """Cases verified so far, by verdict."""
 
@@ -36,10 +36,10 @@ COUNTED: dict[str, int] = {}
 @st.composite
 def experiments(draw: Any) -> Experiment:
     """A chain of up to three rules on a transformer or a perceptron of drawn sizes."""
-    names = draw(st.lists(st.sampled_from(sorted(MAKERS)), min_size=1, max_size=3, unique=True))
+    names = draw(st.lists(st.sampled_from(sorted(EXAMPLES)), min_size=1, max_size=3, unique=True))
     chain = Rules()
     for name in names:
-        chain = chain | MAKERS[name]()
+        chain = chain | EXAMPLES[name]
     dims = st.sampled_from([8, 16, 24])
     base = replace(
         quickstart.config() if draw(st.booleans()) else digits_mlp.config(),

@@ -11,13 +11,13 @@ Checks run in processes of their own, so one that hangs or dies is a finding. do
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from experiments import cli
+from experiments.json_file import write_json
 from sharding.axes import nearest
 from sharding.errors import InputError
 
@@ -67,11 +67,7 @@ def main(argv: list[str]) -> int:
             f"data, 64 KiB'; probes by their files: {', '.join(p.name for p in probes)}."
         )
     show(made, probes, flags.accept)
-    if flags.json:
-        flags.json.parent.mkdir(parents=True, exist_ok=True)
-        flags.json.write_text(
-            json.dumps(document(made, probes, flags.accept), indent=1, allow_nan=False) + "\n"
-        )
+    write_json(flags.json, document(made, probes, flags.accept))
     return UNWELL if failures(made, flags.accept) else WELL
 
 

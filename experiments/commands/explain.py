@@ -5,11 +5,11 @@ Nothing is run and no device is touched: the step is traced for devices that nee
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from experiments import cli
+from experiments.json_file import write_json
 from sharding.finding import Limits
 
 ASSUMED = 8
@@ -39,7 +39,5 @@ def main(argv: list[str]) -> int:
         print(
             f"The config takes all devices present; explained for {devices}. --devices.count N explains for N."
         )
-    if flags.json:
-        flags.json.parent.mkdir(parents=True, exist_ok=True)
-        flags.json.write_text(json.dumps(told.to_json(), indent=1) + "\n")
+    write_json(flags.json, told.to_json())
     return 0

@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from experiments import cli
+from experiments.json_file import write_json
 from experiments.records import MissingRecords, RecordError
 from sharding.errors import InputError
 
@@ -71,9 +71,7 @@ def _run(options: argparse.Namespace) -> int:
     for error in failed.values():
         if error not in broken[:1]:
             print(error, file=sys.stderr)
-    if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(_result(built, failed), indent=2) + "\n")
+    write_json(options.json, _result(built, failed))
     if broken:
         raise broken[0]  # printed by the command line, with --debug below its traceback
     return 0 if optional or not failed else 2

@@ -18,6 +18,7 @@ from typing import Any, cast
 
 from experiments import cli
 from experiments.commands.train import EXIT_CODES
+from experiments.json_file import write_json
 from experiments.sweep import Sweep, load
 from sharding.errors import InputError
 
@@ -75,9 +76,7 @@ def main(argv: list[str]) -> int:
     except Disagreement as error:
         print(cli.paragraph(f"shardlab: {error}"), file=sys.stderr)
         return DISAGREE
-    if flags.json:
-        flags.json.parent.mkdir(parents=True, exist_ok=True)
-        flags.json.write_text(json.dumps(asdict(result), indent=1) + "\n")
+    write_json(flags.json, asdict(result))
     return EXIT_CODES[result.stopped]
 
 

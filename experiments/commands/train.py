@@ -5,12 +5,12 @@ Ctrl-C and SIGTERM finish the step, save and leave; a second Ctrl-C leaves at on
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from experiments import cli
 from experiments.devices import Processes
+from experiments.json_file import write_json
 
 EXIT_CODES = {"": 0, "SIGINT": 130, "SIGTERM": 143}
 """Why a run stopped -> exit code, as a shell reports the signal."""
@@ -36,7 +36,5 @@ def main(argv: list[str]) -> int:
     from experiments.training import train
 
     result = train(experiment, origin, flags.resume, flags.runs, flags.processes)
-    if flags.json:
-        flags.json.parent.mkdir(parents=True, exist_ok=True)
-        flags.json.write_text(json.dumps(asdict(result), indent=1) + "\n")
+    write_json(flags.json, asdict(result))
     return EXIT_CODES[result.stopped]

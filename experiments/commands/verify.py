@@ -9,13 +9,13 @@ when anything departs.
 from __future__ import annotations
 
 import contextlib
-import json
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from experiments import cli
+from experiments.json_file import write_json
 from sharding.errors import InputError
 
 if TYPE_CHECKING:
@@ -79,11 +79,7 @@ def main(argv: list[str]) -> int:
         )
     seconds = time.perf_counter() - began
     print_verified(made, seconds)
-    if flags.json:
-        flags.json.parent.mkdir(parents=True, exist_ok=True)
-        flags.json.write_text(
-            json.dumps({**made.to_json(), "seconds": seconds}, indent=1, allow_nan=False) + "\n"
-        )
+    write_json(flags.json, {**made.to_json(), "seconds": seconds})
     return 1 if made.departed else 0
 
 

@@ -38,8 +38,8 @@ class Dataset(abc.ABC):
 
     `inputs` names the entries of a batch; one of them is `weights` (float32, any row shape), by which the loss
     weighs what it sums. `train_rows` is the length of an epoch. `facts` says what the data are.
-    `bytes_per_token_heldout` is for text alone: with it a run counts tokens and says bits per byte, without it (None)
-    a run counts examples and says neither.
+    `bytes_per_token_heldout` is for text alone, an average over all that is held out: with it a run counts tokens and
+    says bits per byte, without it (None) a run counts examples and says neither.
     """
 
     inputs: Mapping[str, RowSpec]
@@ -74,11 +74,13 @@ class Dataset(abc.ABC):
         out["weights"][~inside] = 0
         return out
 
-    def heldout_facts(self, rows: int) -> Mapping[str, float]:
+    def heldout_facts(self, rows: int) -> Mapping[str, Any]:
         """What is known, without a model, of the text that the labels of the first `rows` held-out rows stand for.
 
         `bytes_per_token` of a text; a dataset that can read those bytes says their own, and what a model has to beat on
-        them: `unigram_bits_per_byte`, `xz_bits_per_byte`. Empty where rows are no text.
+        them: `unigram_bits_per_byte`, `xz_bits_per_byte`. Bytes are those of the text before it became tokens: a dataset
+        that does not know them says `no_bits_per_byte` instead, the reason. Empty where rows are no text. Of several
+        processes the first alone asks.
         """
         size = self.bytes_per_token_heldout
         return {} if size is None else {"bytes_per_token": size}

@@ -1,10 +1,11 @@
-"""Handwritten digits, 8x8 pixels: scikit-learn's copy of the UCI set, 1,797 images. For the MLP."""
+"""Handwritten digits, 8x8 pixels: scikit-learn's copy of the UCI set, 1,797 images, as feature vectors or as images."""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
@@ -18,7 +19,10 @@ _SPLIT_SEED = 20201  # fixed for ever: changing it would mix training and held-o
 
 @dataclasses.dataclass(frozen=True)
 class Digits:
-    """features (64,) float32 in 0..1, labels () int32 in 0..10, weights () float32. Needs scikit-learn."""
+    """Digits in 0..1 as float32, labels () int32 in 0..10, weights () float32. Needs scikit-learn."""
+
+    form: Literal["features", "images"] = "features"
+    """As `features` (64,) for a perceptron, or as `pixels` (8, 8, 1)."""
 
     def open(self, cache: Path) -> DigitsDataset:
         """Load the images that scikit-learn ships; `cache` is not used. InputError without scikit-learn."""
@@ -30,20 +34,28 @@ class Digits:
                 "pip install 'shardlab[digits]', or pip install scikit-learn."
             ) from error
         images, labels = load_digits(return_X_y=True)
-        return DigitsDataset(np.asarray(images), np.asarray(labels))
+        return DigitsDataset(np.asarray(images), np.asarray(labels), self.form)
 
 
 class DigitsDataset(Dataset):
     """The images in a fixed order, the last HELDOUT of a fixed permutation held out."""
 
-    def __init__(self, images: np.ndarray, labels: np.ndarray):
-        """images [n, 64] with pixels 0..16, labels [n]."""
+    def __init__(
+        self,
+        images: np.ndarray,
+        labels: np.ndarray,
+        form: Literal["features", "images"] = "features",
+    ):
+        """images [n, 64] with pixels 0..16, labels [n]; InputError for a form that does not exist."""
+        if form not in ("features", "images"):
+            raise InputError(f"Digits(form={form!r}): it is 'features' or 'images'. Change it.")
+        self._entry, row = {"features": ("features", (64,)), "images": ("pixels", (8, 8, 1))}[form]
         order = permute(np.arange(len(images)), len(images), _SPLIT_SEED, 0)
-        self._features = (images / 16).astype(np.float32)[order]
+        self._rows = (images / 16).astype(np.float32)[order].reshape(-1, *row)
         self._labels = labels.astype(np.int32)[order]
         self.train_rows, self.heldout_rows = len(images) - HELDOUT, HELDOUT
         self.inputs = {
-            "features": RowSpec((64,), "float32"),
+            self._entry: RowSpec(row, "float32"),
             "labels": RowSpec((), "int32"),
             "weights": RowSpec((), "float32"),
         }
@@ -58,10 +70,10 @@ class DigitsDataset(Dataset):
         }
 
     def gather(self, split: Split, indices: np.ndarray) -> dict[str, np.ndarray]:
-        """Images `indices` of a split: features [n, 64], labels [n], weights [n] of ones."""
+        """Images `indices` of a split: features [n, 64] or pixels [n, 8, 8, 1], labels [n], weights [n] of ones."""
         at = np.asarray(indices) + (self.train_rows if split == "heldout" else 0)
         return {
-            "features": self._features[at],
+            self._entry: self._rows[at],
             "labels": self._labels[at],
             "weights": np.ones(len(at), np.float32),
         }

@@ -13,15 +13,15 @@ terms grows as unit x sqrt(n) with probability near one (Higham and Mary 2019, A
 error analysis, theorem 2.4); FEW roundings follow it. In double precision there is nothing better to compare with, and
 rounding scales with the unit roundoff: distances are those of the working precision times the ratio of the two units.
 
-A model that computes in a narrower type of its own does so in double as well: no distance shows that rounding, and the
-budget is MARGIN x that type's unit at least.
+A model or an optimizer that computes in a narrower type of its own does so in double as well: no distance shows that
+rounding, and the budget of the arrays that come after it is MARGIN x that type's unit at least.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import jax.numpy as jnp
 import numpy as np
@@ -80,8 +80,8 @@ class Budget:
     """Elements that the longest sum runs over."""
     double: bool = False
     """Whether the split computes in double precision too."""
-    within: str = ""
-    """A narrower dtype in which the model computes by itself whatever it is given; "" for none."""
+    within: Mapping[str, str] = field(default_factory=dict)
+    """Kind -> a narrower dtype in which the step itself computes such arrays, whatever it is given; no entry for none."""
 
     def compare(
         self,
@@ -108,15 +108,16 @@ class Budget:
             else:
                 right = want if self.double else single[p]
                 error = norm(_wide(mine) - _wide(right)) / scales[p] if np.isfinite(mine).all() else math.inf
-                made.append(Compared(kind, p, error, self.allowed(max(noise[p], usual)), scales[p]))
+                made.append(Compared(kind, p, error, self.allowed(kind, max(noise[p], usual)), scales[p]))
         return made
 
-    def allowed(self, noise: float) -> float:
-        """What an array may be off by, relative to its scale, where one device is `noise` from double."""
+    def allowed(self, kind: str, noise: float) -> float:
+        """What an array of a kind may be off by, relative to its scale, where one device is `noise` from double."""
         unit = UNITS["float64" if self.double else "float32"]
         if self.double:
             noise *= UNITS["float64"] / UNITS["float32"]
-        narrow = MARGIN * float(jnp.finfo(self.within).eps) / 2 if self.within else 0.0
+        own = self.within.get(kind)
+        narrow = MARGIN * float(jnp.finfo(own).eps) / 2 if own else 0.0
         return max(MARGIN * noise, unit * (FEW + math.sqrt(self.terms)), narrow)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -111,6 +111,24 @@ def _factor(e: Error) -> str:
             f"is meant"
         )
     return f"{ratio:.6g} times the right values, which is no product of axis sizes"
+
+
+def common(errors: Sequence[Error]) -> str:
+    """What it means when all gradients are off by one and the same factor; "" where they are not, or where axes have it."""
+    pairs = [(e.found.astype(np.float64), e.want.astype(np.float64)) for e in errors]
+    found, want = (np.concatenate([x.ravel() for x in side]) for side in zip(*pairs, strict=True))
+    ratio = _ratio(found, want)
+    if not ratio or not np.isfinite(ratio) or _axes_of(ratio, errors[0].sizes):
+        return ""
+    # What is nothing but rounding beside the largest gradient has no factor.
+    least = 1e-5 * float(np.linalg.norm(want))
+    told = [(f, w) for f, w in pairs if np.linalg.norm(w) > least]
+    if any(np.linalg.norm(f - ratio * w) > EXPLAINED * np.linalg.norm(f - w) for f, w in told):
+        return ""
+    return (
+        f"{ratio:.6g} times the right values, as every gradient is, which is no product of axis sizes: suspect what they "
+        f"have in common, the norm by which they are clipped, the weight by which they are divided, or a scale of the loss"
+    )
 
 
 def _axes_of(ratio: float, sizes: Mapping[str, int]) -> str:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.extend.core import Jaxpr
 
-from sharding.ledger import equations
+from sharding.ledger import equations, subjaxprs
 from sharding.proof.trial import widened
 from sharding.step import TrainStep
 
@@ -29,20 +31,40 @@ def doubled(model: M) -> M:
     return model
 
 
-def narrowed(step: TrainStep, rows: int) -> str:
-    """The narrowest floating dtype to which a step in double casts something by itself; "" where it casts nothing."""
+def narrowed(step: TrainStep, rows: int) -> dict[str, str]:
+    """Kind of array -> the narrowest floating dtype to which a step in double casts something by itself on the way to it;
+    no entry where it casts nothing. For gradients forward and backward pass count, for what follows the optimizer too.
+    """
     with jax.enable_x64(True):
         batch = {
             k: jax.ShapeDtypeStruct(x.shape, widened(x.dtype)) for k, x in step.abstract_batch(rows).items()
         }
-        jaxpr = jax.make_jaxpr(step.evaluation)(step.abstract_state()["params"], batch)
-    floats = [
-        (eqn.invars[0].aval.dtype, eqn.outvars[0].aval.dtype)
-        for eqn, _ in equations(jaxpr.jaxpr, 1)
-        if eqn.primitive.name == "convert_element_type"
-    ]
+        traced = jax.make_jaxpr(step.updated)(step.abstract_state(), batch).jaxpr
+    gradients = _narrowest(_behind(traced, len(step.tree)))  # the last that `updated` returns
+    after = _narrowest(traced.eqns)
+    found = {"gradient": gradients} | dict.fromkeys(("loss", "parameter", "optimizer"), after)
+    return {kind: dtype for kind, dtype in found.items() if dtype}
+
+
+def _behind(jaxpr: Jaxpr, last: int) -> list[Any]:
+    """The equations that the last results of a jaxpr come from."""
+    needed, found = set(map(id, jaxpr.outvars[-last:])), []
+    for eqn in reversed(jaxpr.eqns):
+        if any(id(v) in needed for v in eqn.outvars):
+            needed |= set(map(id, eqn.invars))
+            found.append(eqn)
+    return found
+
+
+def _narrowest(eqns: Iterable[Any]) -> str:
+    """The coarsest dtype that a cast from a finer one leads to, inner equations included; "" without such a cast."""
     eps = lambda dtype: float(jnp.finfo(dtype).eps)
-    to = {
-        str(b) for a, b in floats if all(jnp.issubdtype(x, jnp.floating) for x in (a, b)) and eps(b) > eps(a)
-    }
-    return max(to, key=lambda dtype: float(jnp.finfo(dtype).eps), default="")
+    to: set[str] = set()
+    for outer in eqns:
+        bodies = list(subjaxprs(outer.params))
+        for eqn in [eqn for body in bodies for eqn, _ in equations(body, 1)] if bodies else [outer]:
+            if eqn.primitive.name == "convert_element_type":
+                a, b = eqn.invars[0].aval.dtype, eqn.outvars[0].aval.dtype
+                if all(jnp.issubdtype(x, jnp.floating) for x in (a, b)) and eps(b) > eps(a):
+                    to.add(str(b))
+    return max(to, key=eps, default="")

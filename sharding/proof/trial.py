@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sharding.errors import InputError
 from sharding.step import TrainStep
 
 Leaves = dict[str, np.ndarray]
@@ -51,6 +52,10 @@ class Trial:
         return next((name for name, x in metrics + named if not np.isfinite(x).all()), "")
 
 
+class Untraced(Exception):
+    """A step that cannot be traced as it is split; its cause is what was raised."""
+
+
 class Ready:
     """A step compiled for a trial; compiling and running are apart so that one can go on while another runs."""
 
@@ -65,47 +70,64 @@ class Ready:
         with jax.enable_x64(double):
             self.state = step.abstract_state()
             made = jax.jit(step.updated, donate_argnums=0, out_shardings=(step.state_shardings(), None, None))
-            self.update = made.lower(self.state, put).compile()
+            try:
+                traced = made.trace(self.state, put)
+            except Exception as error:  # its author's code, and jax's where types do not fit: of any kind
+                if isinstance(error, InputError) or step.split.mesh is None:
+                    raise
+                raise Untraced(f"{type(error).__name__}: {error}") from error
+            self.update = traced.lower().compile()
 
     def run(
         self, seed: int, batches: Sequence[Mapping[str, np.ndarray]], initial: Leaves | None = None
     ) -> Trial:
         """One update a batch from the parameters of `seed`, or from `initial`; batches are whole, on the host."""
-        with jax.enable_x64(self.double):
-            begun = self.step.init(seed) if initial is None else self.step.begin(initial)
-            state = jax.tree.map(lambda x, s: x.astype(s.dtype), begun, self.state)
-            initial = host(state["params"])
-            metrics, gradients = [], None
-            for batch in batches:
-                # One at a time: with several queued, XLA:CPU's collectives have waited for each other for ever.
-                state, seen, grads = jax.block_until_ready(self.update(state, self._put(batch)))
-                metrics.append(seen)
-                gradients = gradients if gradients is not None else grads
-            flat, _ = jax.tree_util.tree_flatten_with_path(state["optimizer"])
-            moments = {jax.tree_util.keystr(k): x for k, x in flat} | {"step": state["step"]}
-            values = tuple({k: float(v) for k, v in seen.items()} for seen in metrics)
-            clipped = min(1.0, self.step.clip / max(values[0]["grad_norm"], 1e-12))
-            parts = {"gradient": gradients or {}, "parameter": state["params"], "optimizer": moments}
-            return Trial(
-                initial,
-                values,
-                {p: g / g.dtype.type(clipped) for p, g in host(gradients or {}).items()},
-                host(state["params"]),
-                host(moments),
-                {
-                    f"{kind} {p}": c
-                    for kind, leaves in parts.items()
-                    for p, x in leaves.items()
-                    if (c := copies(x))
-                },
-            )
+        going = Going(self, seed, initial)
+        for batch in batches:
+            going.update(batch)
+        return going.trial()
 
-    def _put(self, batch: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    def put(self, batch: Mapping[str, np.ndarray]) -> dict[str, Any]:
         lies = self.step.batch_shardings()
         arrays = {k: x.astype(widened(x.dtype)) if self.double else x for k, x in batch.items()}
         return {
             k: jnp.asarray(x) if lies[k] is None else jax.device_put(x, lies[k]) for k, x in arrays.items()
         }
+
+
+class Going:
+    """A trial under way: its state stays on the devices, so that it can be looked at after any update."""
+
+    def __init__(self, ready: Ready, seed: int, initial: Leaves | None = None):
+        self.ready = ready
+        self.metrics: list[dict[str, Any]] = []
+        self.gradients: dict[str, Any] = {}
+        with jax.enable_x64(ready.double):
+            begun = ready.step.init(seed) if initial is None else ready.step.begin(initial)
+            self.state = jax.tree.map(lambda x, s: x.astype(s.dtype), begun, ready.state)
+            self.initial = host(self.state["params"])
+
+    def update(self, batch: Mapping[str, np.ndarray]) -> None:
+        """One update on a batch, whole, on the host."""
+        with jax.enable_x64(self.ready.double):
+            # One at a time: with several queued, XLA:CPU's collectives have waited for each other for ever.
+            made = jax.block_until_ready(self.ready.update(self.state, self.ready.put(batch)))
+        self.state, seen, gradients = made
+        self.metrics.append(seen)
+        self.gradients = self.gradients or gradients
+
+    def trial(self) -> Trial:
+        """What the updates so far gave, one at least."""
+        with jax.enable_x64(self.ready.double):
+            params = self.state["params"]
+            flat, _ = jax.tree_util.tree_flatten_with_path(self.state["optimizer"])
+            moments = {jax.tree_util.keystr(k): x for k, x in flat} | {"step": self.state["step"]}
+            values = tuple({k: float(v) for k, v in seen.items()} for seen in self.metrics)
+            clipped = min(1.0, self.ready.step.clip / max(values[0]["grad_norm"], 1e-12))
+            parts = {"gradient": self.gradients, "parameter": params, "optimizer": moments}
+            uneven = {f"{k} {p}": c for k, part in parts.items() for p, x in part.items() if (c := copies(x))}
+            means = {p: g / g.dtype.type(clipped) for p, g in host(self.gradients).items()}
+            return Trial(self.initial, values, means, host(params), host(moments), uneven)
 
 
 def widened(dtype: Any) -> Any:

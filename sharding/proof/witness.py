@@ -1,12 +1,12 @@
 """Every tensor that a step's named ops produce, and its gradient, whole: what tells where two computations part.
 
 The forward pass runs with a listener at every named op. To each result it adds a zero; the gradient with respect to that
-zero is the gradient with respect to the result. Layers are unrolled and nothing is rematerialized meanwhile.
+zero is the gradient with respect to the result. Nothing is rematerialized meanwhile.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,6 @@ from jax import Array
 from jax.sharding import NamedSharding, PartitionSpec
 
 from sharding.layout import Layout
-from sharding.params import bind
 from sharding.partitioner import Manual
 from sharding.proof.trial import copies, host, widened
 from sharding.region import Tap, enter
@@ -60,6 +59,17 @@ def witness(
         return _Listening(step, held, rows).run()
 
 
+class _Listener:
+    """Gives each named op the next of some zeros, while there are any, and tells each result to `hear`."""
+
+    def __init__(self, zeros: list[Any], hear: Callable[[Tap, Array], None]):
+        self.left, self.hear = iter(zeros), hear
+
+    def zero(self, tap: Tap) -> Array | None:
+        """The next zero."""
+        return next(self.left, None)
+
+
 class _Listening:
     """Two traces of one forward pass: the first finds what there is to hear, the second returns it."""
 
@@ -77,11 +87,21 @@ class _Listening:
             told = None if self.manual or self.step.split.mesh is None else copies(value)
             extra, whole = told or (replicas, value)
             back = None if gradient is None else host({"": gradient})[""]
-            out.append(Seen(tap, layout, host({"": whole})[""], back, extra))
+            value = self._natural(host({"": whole})[""], layout, len(extra))
+            out.append(Seen(tap, layout, value, None if back is None else self._natural(back, layout), extra))
         return out
 
+    def _natural(self, x: np.ndarray, layout: Layout, leading: int = 0) -> np.ndarray:
+        """`x`, whose dims after the first `leading` are the layout's, with every dim in its natural order."""
+        for dim, name in enumerate(layout.names, leading):
+            order, parts = self.step.split.layouts.order(name) if self.manual else (None, 1)
+            if order is not None:
+                at = order.position(np.arange(x.shape[dim]), x.shape[dim], parts)
+                x = np.take(x, np.argsort(at), axis=dim)
+        return x
+
     def _find(self) -> None:
-        def note(tap: Tap, x: Array) -> Array:
+        def note(tap: Tap, x: Array) -> None:
             layout = self.step.split.layouts.activation(tap.names)
             extra = tuple(sorted(varying(x) - set(layout.axes))) if self.manual else ()
             sizes = self.step.split.layouts.sizes
@@ -90,11 +110,10 @@ class _Listening:
             ]
             shape = tuple(n * k for n, k in zip(x.shape, counts, strict=True))
             self.heard.append((tap, layout, extra, jax.ShapeDtypeStruct(shape, x.dtype)))
-            return x
 
         def forward(params: Any, batch: Any) -> Array:
-            with enter(self.step.region(listen=note)):
-                return bind(self.step.model, self._varied(params)).loss(dict(batch))["loss"]
+            with enter(self.step.region(listen=_Listener([], note))):
+                return self.step.objective(self._varied(params), batch)
 
         jax.eval_shape(self._mapped(forward, PartitionSpec()), self.params, self.batch)
 
@@ -119,15 +138,9 @@ class _Listening:
     def _local(self, params: Any, batch: Any, zeros: list[Any]) -> tuple[list[Array], list[Array]]:
         def loss(zeros: list[Any]) -> tuple[Array, list[Array]]:
             values: list[Array] = []
-
-            def listen(tap: Tap, x: Array) -> Array:
-                zero = zeros[len(values)]
-                x = x if zero is None else x + zero
-                values.append(x)
-                return x
-
-            with enter(self.step.region(listen=listen)):
-                total = bind(self.step.model, self._varied(params)).loss(dict(batch))["loss"]
+            listener = _Listener(zeros, lambda _, x: values.append(x))
+            with enter(self.step.region(listen=listener)):
+                total = self.step.objective(self._varied(params), batch)
             return total, values
 
         gradients, values = jax.grad(loss, has_aux=True)(zeros)

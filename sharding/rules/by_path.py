@@ -10,5 +10,5 @@ from sharding.rule import Rule, rule
 
 @rule
 def by_path(**roles: Mapping[str, str]) -> Rule:
-    """`by_path(compute={"*.up.kernel": "- tensor"})`: a role, a pattern (`sharding.paths`), one axis a dim or `-`."""
+    """`by_path(compute={"layers.*down": "- tensor -"})`: a role, a pattern (`sharding.paths`), one axis a dim or `-`."""
     return Rule(**placings(roles))

@@ -86,7 +86,7 @@ def _publish(building: Path, folder: Path) -> None:
 def _write(corpus: Corpus, tokenizer: Tokenizer, folder: Path, progress: Progress | None) -> dict[str, Any]:
     """Stream the corpus through the tokenizer into both token files; returns the facts."""
     statistics = {"train": TextStatistics(), "heldout": TextStatistics(compress="xz")}
-    whole, seen = hashlib.sha256(), 0
+    whole, seen, changed = hashlib.sha256(), 0, 0
     with contextlib.ExitStack() as stack:
         writers = {
             split: stack.enter_context(TokenWriter(folder / f"{split}.tokens", tokenizer.vocab))
@@ -95,7 +95,10 @@ def _write(corpus: Corpus, tokenizer: Tokenizer, folder: Path, progress: Progres
         for document in corpus.documents():
             writer, counts = writers[document.split], statistics[document.split]
             for piece in document.pieces():
-                writer.add(tokenizer.encode(piece), piece)
+                ids = tokenizer.encode(piece)
+                writer.add(ids, piece)
+                if document.split == "heldout" and tokenizer.text(ids) != piece:
+                    changed += len(piece)
                 counts.add(piece)
                 whole.update(piece)
                 seen += len(piece)
@@ -105,7 +108,8 @@ def _write(corpus: Corpus, tokenizer: Tokenizer, folder: Path, progress: Progres
             counts.add(b"\0")
             whole.update(b"\0")
         _require_both_sides(corpus, writers)
-    return _facts(corpus, tokenizer, writers, statistics, whole.hexdigest())
+    facts = _facts(corpus, tokenizer, writers, statistics, whole.hexdigest())
+    return facts | {"heldout_changed_bytes": changed}
 
 
 def _require_both_sides(corpus: Corpus, writers: dict[str, TokenWriter]) -> None:
@@ -128,7 +132,8 @@ def _facts(
     """What is known of the corpus. Bytes are of text with one 0 byte at the end of each document.
 
     `heldout_..._bits_per_byte` are of the whole held-out side. What a run evaluates may be the first rows of it only:
-    `train_byte_counts` are there to say the same of those rows.
+    `train_byte_counts` are there to say the same of those rows. `heldout_changed_bytes`, of the pieces of text that the
+    tokenizer gives back otherwise than it got them (in lower case, say), keep a run from telling bits per byte.
     """
     train, heldout = (statistics[s] for s in SPLITS)
     facts: dict[str, Any] = {

@@ -85,7 +85,7 @@ class TokenFile:
             ("tokens", self.tokens, self.header.payload_sha256),
             ("document offsets", self.offsets, self.header.offsets_sha256),
         ):
-            if (found := _sha256(array)) != expected:
+            if (found := sha256_of(array)) != expected:
                 raise InputError(
                     f"Token file {self.path} is corrupt: its {what} hash to sha256 {found[:16]}..., the header "
                     f"says {expected[:16]}.... Delete the folder {self.path.parent} and build it again."
@@ -142,7 +142,7 @@ def _unpack(path: Path, raw: bytes, size: int) -> Header:
     return header
 
 
-def _sha256(array: np.ndarray, block: int = 1 << 24) -> str:
+def sha256_of(array: np.ndarray, block: int = 1 << 24) -> str:
     """sha256 of a flat array's bytes, read in blocks, so that a map larger than memory is no trouble."""
     digest = hashlib.sha256()
     for at in range(0, len(array), block):

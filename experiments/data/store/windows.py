@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Iterable
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from experiments.data.contract import Dataset, RowSpec, Split
+from experiments.data.store.remembered import remembered
 from experiments.data.store.statistics import XZ_BYTES, TextStatistics
 from experiments.data.store.token_file import TokenFile, open_token_file
 from experiments.data.store.tokenizer import load_tokenizer
@@ -26,7 +28,7 @@ class WindowDataset(Dataset):
         """Open `folder` as written by `prepare`, with windows of `length` tokens. InputError for a bad folder."""
         if length < 1:
             raise InputError(f"Asked for windows of {length} tokens; the length must be at least 1.")
-        folder = Path(folder)
+        self.folder = folder = Path(folder)
         facts = _read_facts(folder)
         self.files = {split: _open_side(folder, split, facts) for split in ("train", "heldout")}
         bpe = facts["tokenizer"] != "bytes"
@@ -55,16 +57,51 @@ class WindowDataset(Dataset):
         weights = np.ones((len(windows), self.length), np.float32)
         return {"tokens": windows[:, :-1].copy(), "labels": windows[:, 1:].copy(), "weights": weights}
 
-    def heldout_facts(self, rows: int) -> dict[str, float]:
+    def heldout_facts(self, rows: int) -> dict[str, Any]:
         """What the labels of the first `rows` held-out windows stand for: `tokens`, `bytes`, `bytes_per_token`, and what
-        simple models make of these very bytes, as `TextStatistics.facts` says it; xz of up to XZ_BYTES only.
+        simple models make of these very bytes, as `TextStatistics.facts` says it; xz of up to XZ_BYTES only. Measured
+        once, then read from the folder.
+
+        `tokens` alone and `no_bits_per_byte`, the reason, where the tokenizer does not give back the text that it was
+        given: how many bytes these tokens were made from is not known then.
         """
-        labels = self.files["heldout"].tokens[1 : min(rows, self.heldout_rows) * self.length + 1]
-        text = self.tokenizer.text(labels)
+        runs = self.heldout_labels(min(rows, self.heldout_rows))
+        if why := self._changes_text():
+            return {"tokens": sum(map(len, runs)), "no_bits_per_byte": why}
+        labels = hashlib.sha256(
+            b"".join(hashlib.sha256(np.ascontiguousarray(run).data).digest() for run in runs)
+        )
+        of = [
+            "heldout_facts",
+            labels.hexdigest(),
+            self._train_byte_counts.tolist(),
+            self.tokenizer.fingerprint,
+            XZ_BYTES,
+        ]
+        return remembered(self.folder, of, lambda: self._measured(runs))
+
+    def _measured(self, runs: list[np.ndarray]) -> dict[str, float]:
+        tokens, text = sum(map(len, runs)), b"".join(map(self.tokenizer.text, runs))
         statistics = TextStatistics("xz" if len(text) <= XZ_BYTES else "none")
         statistics.add(text)
-        sizes = {"tokens": len(labels), "bytes": len(text), "bytes_per_token": len(text) / len(labels)}
+        sizes = {"tokens": tokens, "bytes": len(text), "bytes_per_token": len(text) / tokens}
         return sizes | statistics.facts(self._train_byte_counts)
+
+    def _changes_text(self) -> str:
+        """Why the bytes that held-out tokens were made from are not known; an empty string if they are."""
+        changed, whole = self.facts.get("heldout_changed_bytes"), self.facts["heldout_bytes"]
+        if self.facts["tokenizer"] == "bytes" or changed == 0:
+            return ""
+        if changed is None:
+            return f"{self.folder} does not say whether its tokenizer gives its text back: remove it and write it again"
+        return (
+            f"the tokenizer does not give its text back ({changed:,} of {whole:,} held-out bytes lie in pieces that come "
+            "back changed), so how many bytes a token stands for is not known"
+        )
+
+    def heldout_labels(self, rows: int) -> list[np.ndarray]:
+        """The labels of the first `rows` held-out rows in stretches of running text, each (n,)."""
+        return [self.files["heldout"].tokens[1 : rows * self.length + 1]]
 
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`, without a separator. InputError for text with NUL."""
@@ -141,6 +178,12 @@ def _check_figures(path: Path, facts: Any) -> None:
         raise InputError(
             f"train_byte_counts in {path} are not 256 whole numbers of at least 0 that add up to train_bytes = "
             f"{facts['train_bytes']!r}. Build the folder again."
+        )
+    changed = facts.get("heldout_changed_bytes", 0)
+    if type(changed) is not int or changed < 0:
+        raise InputError(
+            f"heldout_changed_bytes in {path} is {changed!r}, but it is a whole number of at least 0. Build the folder "
+            "again."
         )
     for name, value in facts.items():
         if name.endswith("_bits_per_byte") and (type(value) not in (int, float) or not 0 <= value < math.inf):
