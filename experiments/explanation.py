@@ -207,8 +207,21 @@ def _parameters(step: TrainStep, state: Any) -> list[Line]:
         used = lies.compute.text() if lies.compute.dims != lies.param.dims else ""
         lines.append(_line("parameter", "param", *what, lies.param, step, in_use=used, gathered=gathered))
         lines.append(_line("gradient", "gradient", *what, lies.gradient, step))
-        if moments[path]:
-            lines.append(_line("optimizer", "optimizer", *what, lies.optimizer, step, copies=moments[path]))
+        kinds = tuple(dict.fromkeys(moments[path]))
+        each = [
+            _line(
+                "optimizer",
+                "optimizer",
+                path,
+                spec.shape,
+                kind,
+                lies.optimizer,
+                step,
+                copies=moments[path].count(kind),
+            )
+            for kind in kinds
+        ]
+        lines.extend(each)
     return lines
 
 

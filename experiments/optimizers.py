@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from sharding.errors import InputError
 
@@ -35,6 +35,8 @@ class AdamW:
     """Added to the root of the squared gradient's mean."""
     weight_decay: float = 0.1
     """Fraction of a parameter taken off per unit of learning rate, from matrices; scales and biases do not decay."""
+    mean_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type in which the mean of the gradient is kept between steps; bfloat16 takes a quarter off the optimizer's state."""
     clip: float = field(default=1.0, metadata={"infinite": "no clipping"})
     """Largest norm of the gradient over all parameters together; inf leaves it as it is."""
 
@@ -55,6 +57,7 @@ class AdamW:
             ("b2", 0 <= self.b2 < 1, "at least 0 and below 1"),
             ("eps", 0 < self.eps < math.inf, "above 0"),
             ("weight_decay", 0 <= self.weight_decay < math.inf, "at least 0"),
+            ("mean_dtype", self.mean_dtype in ("float32", "bfloat16"), "'float32' or 'bfloat16'"),
             ("clip", self.clip > 0, "above 0 (inf: no clipping)"),
         ):
             if not holds:
@@ -93,6 +96,7 @@ class AdamW:
             b1=self.b1,
             b2=self.b2,
             eps=self.eps,
+            mu_dtype=self.mean_dtype,
             weight_decay=self.weight_decay,
             mask=matrices,
         )

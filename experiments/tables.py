@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import sys
+from collections import Counter
 from typing import TYPE_CHECKING
 
 from experiments.explanation import Explanation, Line
@@ -123,7 +124,10 @@ def _like_parameters(
         if not lines:
             console.print(f"[bold]{what}[/]: none\n")
         elif all(line.dims == rest[line.path] for line in lines):
-            copies = sorted({line.copies for line in lines})
+            held_by = Counter({line.path: 0 for line in lines})
+            for line in lines:
+                held_by[line.path] += line.copies
+            copies = sorted(set(held_by.values()))
             each = " to ".join(map(str, dict.fromkeys((copies[0], copies[-1]))))
             console.print(
                 f"[bold]{what}[/]: {held}, {each} for each parameter, laid out as the parameter at rest\n"

@@ -75,7 +75,7 @@ def findings(step: TrainStep, seen: Traced, limits: Limits = Limits()) -> tuple[
 def _found(step: TrainStep, seen: Traced, limits: Limits) -> Iterator[Finding]:
     layouts = step.split.layouts
     moments = optimizer_copies(step, seen.state)
-    arrays = {p: Array(s.shape, s.dtype.itemsize, moments[p]) for p, s in step.tree.items()}
+    arrays = {p: Array(s.shape, s.dtype.itemsize, len(moments[p])) for p, s in step.tree.items()}
     yield from replicated(layouts, arrays, limits)
     if seen.update is not None:
         flow = Flow(seen.update, layouts.sizes)
@@ -83,14 +83,14 @@ def _found(step: TrainStep, seen: Traced, limits: Limits) -> Iterator[Finding]:
         yield from repeated_work(flow, layouts, seen.taps, limits)
 
 
-def optimizer_copies(step: TrainStep, state: Any) -> dict[str, int]:
-    """path -> how many arrays of optimizer state are laid out as that parameter: two for AdamW."""
-    count = dict.fromkeys(step.tree, 0)
-    for keys, _ in jax.tree_util.tree_flatten_with_path(state["optimizer"])[0]:
+def optimizer_copies(step: TrainStep, state: Any) -> dict[str, tuple[str, ...]]:
+    """path -> the types of the arrays of optimizer state that are shaped and laid out as that parameter: two for AdamW."""
+    found: dict[str, tuple[str, ...]] = dict.fromkeys(step.tree, ())
+    for keys, leaf in jax.tree_util.tree_flatten_with_path(state["optimizer"])[0]:
         last = str(getattr(keys[-1], "key", "")) if keys else ""
-        if last in count:
-            count[last] += 1
-    return count
+        if last in found and leaf.shape == step.tree[last].shape:
+            found[last] += (str(leaf.dtype),)
+    return found
 
 
 def _forward(step: TrainStep, params: Any, batch: Any, taps: list[Tap]) -> ClosedJaxpr:

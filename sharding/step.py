@@ -42,8 +42,36 @@ class TrainStep(Laid):
         super().__init__(model, optimizer, split)
         self.clip = clip
         self._varies = contribution_axes(self.layouts, list(self.inputs.values()))
+        once = self._left_varying()
+        self._varies = {p: axes - once for p, axes in self._varies.items()}
         self.step = jax.jit(self.update, donate_argnums=0, out_shardings=(self.state_shardings(), None))
         self.evaluate = jax.jit(self.evaluation)
+
+    def _left_varying(self) -> frozenset[str]:
+        """Axes that split a dim of the inputs, other than the rows, over which the sums vary if parameters are typed so.
+
+        A head on pooled positions has them: what it computes is equal on all devices of the axis, its gradient no sum of
+        contributions. Parameters are then left as they are over that axis, and each use reduces its own gradient.
+        """
+        rows = {n: split for x in self.inputs.values() for n, split in zip(x.names, x.dims, strict=True)}.get(
+            "batch", ()
+        )
+        along = frozenset().union(*self._varies.values()) - frozenset(rows)
+        if not along or not isinstance(self.split.partitioner, Manual) or self.split.mesh is None:
+            return frozenset()
+        left: set[str] = set()
+
+        def look(params: dict[str, Array], batch: dict[str, Array]) -> Array:
+            with enter(self.region()):
+                left.update(*map(varying, self._sums(self.contributed(params), batch)[1].values()))
+            return jnp.zeros(())
+
+        batch = self.abstract_batch(math.prod(self.split.layouts.sizes[a] for a in rows))
+        specs = (self._rest_specs(), self._batch_specs(batch))
+        jax.eval_shape(
+            self._manual(look, specs, PartitionSpec()), {p: s.abstract() for p, s in self.tree.items()}, batch
+        )
+        return along & left
 
     def init(self, seed: int) -> State:
         """The state before the first step; parameters are bitwise equal on every mesh."""

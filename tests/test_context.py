@@ -16,16 +16,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import sharding.ring
+from models.mlp import MLP
+from models.mlp_config import MLPConfig
 from models.transformer_config import TransformerConfig
 from sharding.attention import attention, rope
 from sharding.axes import MeshShape
 from sharding.errors import InputError
 from sharding.flow import Flow
+from sharding.layers import layers
 from sharding.layout import Layouts
 from sharding.ledger import collectives
 from sharding.mesh import device_mesh
-from sharding.ops import back, positions, whole
+from sharding.ops import back, einsum, positions, rms_norm, whole
 from sharding.order import ZigZag
+from sharding.params import Entry
 from sharding.partitioner import Auto, Manual, Partitioner
 from sharding.rule import Rules, also
 from sharding.rules.context import context
@@ -37,6 +41,7 @@ from sharding.rules.tensor import tensor
 from sharding.rules.ulysses import ulysses
 from sharding.step import Split, TrainStep
 from tests.support import (
+    ROWS,
     Through,
     assert_same,
     batches,
@@ -351,3 +356,41 @@ def test_an_order_needs_its_axis_in_every_array() -> None:
     rules = custom(activation={"queries": "context"}, order={"length": ZigZag("context")})
     with pytest.raises(InputError, match="length lies in the order"):
         Layouts(rules, MeshShape(context=2).sizes()).activation(("batch", "length"))
+
+
+# what is computed of a whole sequence
+
+
+class Pooled(MLP):
+    """Classifies the mean of a sequence: after the mean nothing varies over the axis that split the positions."""
+
+    def __init__(self, c: MLPConfig):
+        super().__init__(c)
+        self.inputs = {**self.inputs, "features": Entry("batch length features", (8, c.features), "float32")}
+
+    def logits(self, features: jax.Array) -> jax.Array:
+        """Scores `batch classes` of the mean over `length`."""
+        x = einsum("batch length features, features embed -> batch length embed", features, self.enter)
+        pooled = einsum("batch length embed -> batch embed", jax.nn.gelu(x)) / 8
+        normed = rms_norm(layers(self.layers, pooled), self.norm, "batch embed")
+        return einsum("batch embed, embed classes -> batch classes", normed, self.leave)
+
+
+@pytest.mark.parametrize(
+    ("rules", "mesh"),
+    [
+        (data() | context(), MeshShape(data=2, context=4)),
+        (fsdp() | context() | tensor(), MeshShape(fsdp=2, context=2, tensor=2)),
+    ],
+    ids=repr,
+)
+def test_a_head_on_pooled_positions_computes_what_one_device_does(rules: Rules, mesh: MeshShape) -> None:
+    config = model_configs()["mlp"]
+    draw = np.random.default_rng(3)
+    rows = [
+        {**batch, "features": draw.normal(size=(ROWS, 8, config.features)).astype(np.float32)}
+        for batch in batches(config, 3)
+    ]
+    expected = train(make_step(config, model=Pooled(config)), initial_params(config), rows)
+    found = train(make_step(config, rules, mesh, model=Pooled(config)), initial_params(config), rows)
+    assert_same(found, expected, 1e-5)

@@ -18,6 +18,7 @@ import pytest
 from experiments import assemble, cli
 from experiments.config import Experiment, load
 from experiments.explanation import explain, explain_step
+from experiments.optimizers import AdamW
 from experiments.overrides import apply
 from sharding.finding import human
 from sharding.partitioner import Auto
@@ -197,3 +198,15 @@ def test_tables_fit_120_columns(
         start = name({**vars(line), "source": line.source.rpartition("/")[2]})
         (row, *_) = (x for x in rows if x.split()[: len(start)] == start)
         assert human(line.bytes_per_device) in row, "a row is wrapped"
+
+
+def test_state_in_another_type_is_counted_in_it(capsys: pytest.CaptureFixture[str]) -> None:
+    config = str(ROOT / "configs" / "digits_mlp.py")
+    assert cli.main(["explain", config, "--optimizer.mean_dtype", "bfloat16"]) == 0
+    said = capsys.readouterr().out
+    held = {
+        kind: explain(dataclasses.replace(load(config), optimizer=AdamW(mean_dtype=kind)), 8).bytes_per_device
+        for kind in ("float32", "bfloat16")
+    }
+    assert held["bfloat16"]["optimizer"] * 4 == held["float32"]["optimizer"] * 3
+    assert f"Optimizer state: {human(held['bfloat16']['optimizer'])} per device, 2 for each parameter" in said

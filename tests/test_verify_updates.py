@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from jax import Array
 
@@ -41,15 +40,6 @@ class CoarseBackward(MLP):
         return _coarse(super().logits(features))
 
 
-@dataclass(frozen=True)
-class CoarseMoments(AdamW):
-    """AdamW whose mean of the gradient is kept in bfloat16."""
-
-    def build(self, steps: int, matrices: Any = None) -> optax.GradientTransformation:
-        """As AdamW's."""
-        return optax.adamw(self.schedule(steps), b1=self.b1, b2=self.b2, mu_dtype=jnp.bfloat16, mask=matrices)
-
-
 @pytest.mark.parametrize("x64", [False, True])
 def test_a_cast_of_the_backward_pass_alone_is_seen(x64: bool, opened: Opened) -> None:
     made = judged(replace(small(), model=Own(CoarseBackward)), opened, BOTH, x64=x64)
@@ -63,7 +53,7 @@ def test_a_cast_of_the_backward_pass_alone_is_seen(x64: bool, opened: Opened) ->
 def test_a_cast_of_the_optimizer_gives_room_to_what_comes_after_it_alone(
     x64: bool, monkeypatch: pytest.MonkeyPatch, opened: Opened
 ) -> None:
-    e = replace(small(), optimizer=CoarseMoments(warmup=1))
+    e = replace(small(), optimizer=AdamW(mean_dtype="bfloat16", warmup=1))
     made = judged(e, opened, BOTH, x64=x64, steps=3)
     assert made.within == dict.fromkeys(("loss", "parameter", "optimizer"), "bfloat16")
     assert not made.departed, only(made)
