@@ -26,6 +26,8 @@ from workload import TRANSFORMER_85M, Sizes, initial_weights, keep_freed_memory,
 HERE = Path(__file__).resolve().parent
 TIME_LIMITS = {"one": 1.03, "data": 1.03, "fsdp": 1.03, "tensor": 1.05, "context": 1.05}
 BYTES_LIMIT, START_LIMIT = 1.02, 1.5
+RING_TEMP_LIMIT = 1.08
+"""Temporaries of the ring against the hand-written one, which keeps fewer arrays of a layer; 1.070 when it was set."""
 LOSS_TOLERANCE = {"float32": 1e-5, "bfloat16": 1e-2}
 """Relative difference of the last losses: rounding through a dozen AdamW updates."""
 
@@ -186,7 +188,11 @@ def _row(r: dict[str, Any]) -> list[str]:
     if r["device"] != "cpu":
         mfu = "n/a" if r["mfu"] is None else f"{r['mfu']:.1%}"
         print(f"{r['device']}: {r['tokens_per_second']:.0f} tokens/s, mfu {mfu}")
-    limits = (("time", r["time_limit"]), ("temp", BYTES_LIMIT), ("argument", BYTES_LIMIT))
+    limits = (
+        ("time", r["time_limit"]),
+        ("temp", RING_TEMP_LIMIT if r["split"] == "context" else BYTES_LIMIT),
+        ("argument", BYTES_LIMIT),
+    )
     over = [
         f"{r['split']}: {what} ratio {r[what + '_ratio']:.3f} > {n}"
         for what, n in limits

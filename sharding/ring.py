@@ -239,7 +239,6 @@ def _forward(
     heads, rows = q.shape[2], work.tile * work.groups
     q = by_kv_head(q * jnp.asarray(q.shape[3] ** -0.5, q.dtype), k.shape[2])
     k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
-    q, k, v = lax.optimization_barrier((q, k, v))
 
     def one(state: Any, moving: Any, step: Any) -> Any:
         k, v, arrived = moving
