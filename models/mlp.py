@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import jax.numpy as jnp
 from flax import nnx
-from jax import Array, lax, nn
+from jax import Array, nn
 
+from models.classification import sums
 from models.mlp_config import MLPConfig
 from sharding.layers import layers
-from sharding.ops import back, cross_entropy, einsum, rms_norm, whole
+from sharding.ops import einsum, rms_norm
 from sharding.params import Entry, normal, ones, param, stack
 
 
@@ -54,13 +54,4 @@ class MLP(nnx.Module):
 
     def loss(self, batch: dict[str, Array]) -> dict[str, Array]:
         """Global sums over examples: `loss` in nats, `correct` (examples whose label scores highest), `weight`."""
-        logits = self.logits(batch["features"])
-        nats_B = cross_entropy(logits, batch["labels"], "batch classes")
-        scores, lies = whole(lax.stop_gradient(logits), "batch classes", "classes")
-        chosen_B = back(jnp.argmax(scores, axis=-1).astype(batch["labels"].dtype), "batch", lies[:-1])
-        right_B = (chosen_B == batch["labels"]).astype(nats_B.dtype)
-        return {
-            "loss": einsum("batch ->", nats_B * batch["weights"]),
-            "correct": einsum("batch ->", right_B * batch["weights"]),
-            "weight": einsum("batch ->", batch["weights"]),
-        }
+        return sums(self.logits(batch["features"]), batch)
