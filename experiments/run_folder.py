@@ -30,6 +30,15 @@ FREE = (
 )
 """Parts of a config that may differ when a run goes on: they change how, not what, is trained."""
 
+IDENTITY = (
+    "train_payload_sha256",
+    "heldout_payload_sha256",
+    "tokenizer_sha256",
+    "train_rows_sha256",
+    "heldout_rows_sha256",
+)
+"""Facts of a dataset that say which tokens it has, and in which rows: one text may be split and tokenized in many ways."""
+
 
 def to_resume(experiment: Experiment, resume: str, runs: Path) -> Path | None:
     """The folder to go on with, None for a new run; `InputError` when there is no checkpoint there.
@@ -102,7 +111,8 @@ def agreed(folder: Path) -> Path:
 def check_same(folder: Path, was: dict[str, Any], now: dict[str, Any]) -> None:
     """Refuse to go on with a run under a config or a corpus that would train other numbers.
 
-    `was` and `now` are what a checkpoint says of its run: "experiment" (as JSON) and "corpus" (a checksum).
+    `was` and `now` are what a checkpoint says of its run: "experiment" (as JSON), "corpus" (a checksum) and "data" (facts of
+    `IDENTITY`, those that the dataset has; checkpoints from before they were kept have none, and are held to the others).
     """
     changed = [
         d
@@ -118,6 +128,15 @@ def check_same(folder: Path, was: dict[str, Any], now: dict[str, Any]) -> None:
         raise InputError(
             f"The run in {folder} was trained on a corpus with checksum {was.get('corpus')}, but the data now has "
             f"{now['corpus']}. Bring the old files back, or start a new run."
+        )
+    kept, mine = was.get("data", {}), now["data"]
+    other = [
+        f"{k} recorded {kept[k][:16]}, now {mine.get(k, 'none')[:16]}" for k in kept if kept[k] != mine.get(k)
+    ]
+    if other:
+        raise InputError(
+            f"The run in {folder} was trained on other tokens of the same text: {'; '.join(other)}. Bring the old token "
+            f"files or the old tokenizer back, or start a new run."
         )
 
 

@@ -71,6 +71,7 @@ class Run:
             "experiment": to_json(self.experiment),
             "seed": self.experiment.seed,
             "corpus": self.dataset.facts.get("sha256"),
+            "data": {k: v for k, v in self.dataset.facts.items() if k in run_folder.IDENTITY},
             "versions": installed_versions(),
         }
 
@@ -101,6 +102,8 @@ def train(
 
 def _checked(experiment: Experiment, origin: Origin, processes: devices.Processes, began: float) -> Run:
     """Start the backend and find everything that a run needs; InputError for all that does not fit together."""
+    if experiment.devices.kind == "pretend":  # before they are started, however many they are
+        experiment.mesh.resolve(experiment.devices.count)
     found = devices.start(experiment.devices, processes)
     devices.cache_compilations(str(assemble.CACHE / "jax"))
     import jax

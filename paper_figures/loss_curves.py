@@ -15,6 +15,7 @@ Reproduce:
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -86,7 +87,7 @@ def draw(records: list[Record]) -> Figure:
     labels: list[Label] = []
     for index, (run, name) in enumerate(zip(runs, names, strict=True)):
         labels += _curve(axes, run, name, index, in_bits, in_tokens, alone=len(runs) == 1)
-    references = _references(runs) if in_bits else []
+    references = _references(runs, names) if in_bits else []
     for line in references:
         axes.axhline(line.y, color=line.colour, linewidth=0.8, linestyle=(0, (4, 2)), zorder=1)
     axes.set_title("Loss (bits per byte)" if in_bits else f"Loss (nats per {_unit(runs)})", loc="left")
@@ -198,22 +199,27 @@ def _curve(
     ]
 
 
-def _references(runs: list[Run]) -> list[Label]:
-    """One grey line for each compressor and evaluated text; its corpus is named where the runs have several, and the
-    step to which a run was evaluated on it where that was not the end.
+def _references(runs: list[Run], names: list[str]) -> list[Label]:
+    """One grey line for each compressor and evaluated text; its corpus is named where the runs have several, the runs
+    that it is of where they have several values of one corpus, and the step to which a run was evaluated on it where that
+    was not the end.
     """
     corpora = [run.header.details.get("data", {}).get("name", "") for run in runs]
-    lines: dict[tuple[str, float], Label] = {}
-    for run, corpus in zip(runs, corpora, strict=True):
+    owners: dict[tuple[str, str, str, float], list[str]] = {}  # compressor, corpus, until when, value -> runs
+    for run, corpus, owner in zip(runs, corpora, names, strict=True):
         for text in run.texts:
-            of = [corpus] if len(set(corpora)) > 1 else []
-            of += [f"to step {text.steps[-1]}"] if text is not run.texts[-1] else []
+            until = "" if text is run.texts[-1] else f"to step {text.steps[-1]}"
             for key, name in REFERENCES:
                 if key in text.known:
-                    value = float(text.known[key])
-                    said = f"{name} {value:.2f}" + (f" ({', '.join(of)})" if of else "")
-                    lines[said, value] = Label(value, said, style.GREY)
-    return list(lines.values())
+                    owners.setdefault((name, corpus, until, float(text.known[key])), []).append(owner)
+    values = Counter((name, corpus) for name, corpus, _, _ in owners)
+    labels = []
+    for (name, corpus, until, value), mine in owners.items():
+        several = len(runs) > 1 and values[name, corpus] > 1
+        who = mine[0] + (f" and {len(mine) - 1} more" if mine[1:] else "") if several else ""
+        of = [text for text in (corpus if len(set(corpora)) > 1 else "", who, until) if text]
+        labels.append(Label(value, f"{name} {value:.2f}" + (f" ({', '.join(of)})" if of else ""), style.GREY))
+    return labels
 
 
 def _names(headers: list[Header]) -> list[str]:

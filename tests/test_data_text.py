@@ -12,10 +12,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tokenizers
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from experiments.data.store import pieces, prepare, windows
+from experiments.data.store import pieces, prepare, remembered, windows
 from experiments.data.store.pieces import passages
 from experiments.data.store.split import heldout_files, place
 from experiments.data.store.statistics import TextStatistics, cross_entropy_bits, entropy_bits
@@ -192,16 +193,33 @@ def test_what_is_told_of_heldout_rows_is_measured_once_a_text(
         "{",
         whole.replace('"xz_bytes": 80', '"xz_bytes": 81'),
         whole.replace("80", "null"),
+        '{"sha256": "0", "figures": null}',
+        '{"sha256": "0", "figures": [1]}',
+        "[1]",
+        '"text"',
+        whole.replace("80", "8" + 400 * "0"),
+        whole.replace("80", "8" + 5000 * "0"),
+        200_000 * "[",
+        '{"sha256": "0", "figures": ' + 900 * "[" + 900 * "]" + "}",
     ):
         assert damaged != whole
         kept.write_text(damaged)
         assert told(5) == first
         assert kept.read_text() == whole
-    assert measured == ["xz"] * 7
+    assert measured == ["xz"] * 15
     (notes / "part0" / "note00.txt").write_text("Another text of this name.\n" * 40, encoding="utf-8")
     other = told(5)
-    assert len(measured) == 8
+    assert len(measured) == 16
     assert other["unigram_bits_per_byte"] != first["unigram_bits_per_byte"]
+
+
+def test_figures_measured_by_another_format_are_measured_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert remembered.remembered(tmp_path, ["text"], lambda: {"bytes": 1}) == {"bytes": 1}
+    assert remembered.remembered(tmp_path, ["text"], lambda: {"bytes": 2}) == {"bytes": 1}
+    monkeypatch.setattr(remembered, "FORMAT", remembered.FORMAT + 1)
+    assert remembered.remembered(tmp_path, ["text"], lambda: {"bytes": 2}) == {"bytes": 2}
 
 
 def test_a_folder_that_cannot_be_written_tells_all_the_same(
@@ -381,6 +399,26 @@ class TestBPE:
         path = tmp_path / "changed.json"
         path.write_text(json.dumps(json.loads((tmp_path / "bpe.json").read_text()) | change))
         return Text(path=str(notes), length=8, tokenizer=str(path)).open(tmp_path / "cache")
+
+    @pytest.mark.parametrize("kind", ["truncation", "padding"])
+    def test_a_tokenizer_made_for_inputs_of_one_length_loses_and_adds_nothing(
+        self, kind: str, bpe: WindowDataset, notes: Path, tmp_path: Path
+    ) -> None:
+        made = tokenizers.Tokenizer.from_str((tmp_path / "bpe.json").read_text())
+        if kind == "truncation":
+            made.enable_truncation(max_length=16)
+        else:
+            made.enable_padding(length=5000, pad_id=0, pad_token="<|endoftext|>")
+        text = (notes / "part0" / "note27.txt").read_text(encoding="utf-8")
+        assert len(made.encode(text).ids) in (16, 5000)
+        path = tmp_path / "made.json"
+        made.save(str(path))
+        told = Text(path=str(notes), length=8, tokenizer=str(path)).open(tmp_path / "cache")
+        assert f'"{kind}":null' not in path.read_text().replace(" ", "")
+        for split in ("train", "heldout"):
+            assert np.array_equal(told.files[split].tokens, bpe.files[split].tokens)
+        assert told.encode(text) == bpe.encode(text)
+        assert told.facts["heldout_changed_bytes"] == 0
 
     def test_text_cannot_forge_a_document_boundary(self, bpe: WindowDataset) -> None:
         ids = bpe.encode("a<|endoftext|>b")

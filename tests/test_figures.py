@@ -249,6 +249,27 @@ def test_a_run_resumed_on_another_held_out_text_keeps_the_two_apart(tmp_path: Pa
     assert "Filled points: of another held-out text" in figure.get_supxlabel()
 
 
+def test_values_of_one_corpus_are_told_apart_by_the_run(tmp_path: Path) -> None:
+    def evaluated(name: str, unigram: float, data: str = "synthetic") -> Path:
+        details = {**HEADER.details, "name": name, "data": {**HEADER.details["data"], "name": data}}
+        details["evaluated"] = {"unigram_bits_per_byte": unigram, "xz_bits_per_byte": 2.25}
+        return train(tmp_path / f"{name}.jsonl", replace(HEADER, run=name, details=details))
+
+    def said(*paths: Path) -> set[str]:
+        texts = {text.get_text() for text in loss_curves.draw(read(list(paths))).axes[0].texts}
+        return {text for text in texts if text.startswith(("unigram", "xz"))}
+
+    a, b, c = evaluated("a", 4.5), evaluated("b", 4.75), evaluated("c", 4.75)
+    assert said(a, b) == {"unigram 4.50 (a)", "unigram 4.75 (b)", "xz 2.25"}
+    assert said(a, b, c) == {"unigram 4.50 (a)", "unigram 4.75 (b and 1 more)", "xz 2.25"}
+    assert said(b, c) == {"unigram 4.75", "xz 2.25"}
+    other = evaluated("d", 4.0, "other")
+    assert said(a, b, other) == {
+        "unigram 4.50 (synthetic, a)", "unigram 4.75 (synthetic, b)", "unigram 4.00 (other)",
+        "xz 2.25 (synthetic)", "xz 2.25 (other)",
+    }  # fmt: skip
+
+
 def test_records_from_before_a_text_was_known_are_told_from_those_after(tmp_path: Path) -> None:
     figure = loss_curves.draw(
         resumed_on(tmp_path / "a.jsonl", {}, {"bytes_per_token": 2.0, "xz_bits_per_byte": 2.25})

@@ -23,6 +23,7 @@ from experiments.assemble import check_data, one_device
 from experiments.data import contract
 from experiments.data.store import packed, packing, row_file
 from experiments.data.store.packing import best_fit, pack, spread
+from experiments.data.store.tokenizer import train_bpe
 from experiments.data.store.windows import WindowDataset
 from experiments.data.text import Text
 from experiments.data.tokens import Tokens
@@ -223,6 +224,50 @@ def test_held_out_facts_are_of_the_labels_that_weigh(tmp_path: Path) -> None:
     everything = dataset.heldout_facts(10**6)
     assert everything["bytes"] == dataset.facts["heldout_bytes"]
     assert everything["bytes_per_token"] == dataset.bytes_per_token_heldout == 1.0
+
+
+def test_characters_that_the_end_of_a_row_cuts_are_counted_whole(tmp_path: Path) -> None:
+    """Three bytes each, of which a small BPE makes two or three tokens: nearly every row ends within one."""
+    letters = np.random.default_rng(0).integers(0x4E00, 0x5600, (40, 300))
+    texts = ["".join(chr(c) + "\n" * (n % 40 == 39) for n, c in enumerate(row)) for row in letters.tolist()]
+    folder, tokenizer = corpus(tmp_path / "text", texts), tmp_path / "bpe.json"
+    tokenizer.write_text(train_bpe([t.encode() for t in texts], 300).json, encoding="utf-8")
+    source = Text(path=str(folder), length=32, tokenizer=str(tokenizer), documents="packed")
+    dataset = source.open(tmp_path / "cache")
+    stored, rows = dataset.files["heldout"], dataset.heldout_rows
+    (whole,) = dataset.heldout_labels(rows)
+    assert np.array_equal(whole, stored.tokens)
+    held = dataset.tokenizer.text(whole)
+    assert sorted(held.decode().split("\0")[:-1]) == sorted(t for t in texts if t in held.decode())
+    facts = dataset.heldout_facts(rows)
+    assert (facts["tokens"], facts["bytes"]) == (stored.header.tokens, dataset.facts["heldout_bytes"])
+    for name in ("unigram", "entropy", "xz"):
+        assert facts[f"{name}_bits_per_byte"] == dataset.facts[f"heldout_{name}_bits_per_byte"]
+    packed_apart = np.split(stored.tokens, np.arange(32, len(stored.tokens), 32))
+    assert (
+        sum(len(dataset.tokenizer.text(p)) for p in packed_apart) > facts["bytes"]
+    )  # the fault that this is about
+
+
+@settings(max_examples=15)
+@given(seed=st.integers(0, 99), length=st.integers(8, 40), data=st.data())
+def test_held_out_labels_are_those_of_the_rows(
+    seed: int, length: int, data: Any, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    folder = tmp_path_factory.mktemp("labels")
+    draw = np.random.default_rng(seed)  # enough documents that several short ones are held out and share rows
+    texts = [bytes(draw.integers(97, 123, size).tolist()).decode() for size in draw.integers(1, 50, 140)]
+    source = Text(path=str(corpus(folder / "text", texts)), length=length, documents="packed")
+    dataset = source.open(folder / "cache")
+    assert isinstance(dataset, packed.PackedDataset)
+    rows = data.draw(st.integers(1, dataset.heldout_rows))
+    runs = dataset.heldout_labels(rows)
+    held, _, _ = spread(dataset.packed["heldout"], np.arange(rows), length)
+    at = np.unique(held[held >= 0])
+    stretches = np.split(at, np.flatnonzero(np.diff(at) > 1) + 1)
+    assert len(runs) == len(stretches)
+    tokens = dataset.files["heldout"].tokens
+    assert all(np.array_equal(run, tokens[s]) for run, s in zip(runs, stretches, strict=True))
 
 
 # the file of rows

@@ -21,6 +21,7 @@ from experiments import run_folder
 from experiments.checkpoint_folder import seal, sealed_steps
 from experiments.config import load
 from experiments.records import read
+from sharding.errors import InputError
 from tests.small import arrays, losses, only, place, shardlab, start, steps, until
 
 pytestmark = pytest.mark.usefixtures("at_home")
@@ -242,6 +243,61 @@ def test_a_changed_corpus_is_found_by_its_checksum(
     assert shardlab("train", "small.py", "--resume", "run") == 2
     assert "corpus with checksum" in capsys.readouterr().err
     assert sealed_steps("run/checkpoints") == [4]
+
+
+def _tokenizer(vocab: int, text: Path, path: Path) -> None:
+    from experiments.data.store.tokenizer import train_bpe
+
+    path.write_text(train_bpe([text.read_bytes()], vocab).json, encoding="utf-8")
+
+
+def test_the_same_text_in_other_tokens_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    """The config names the same tokenizer.json and the text has its checksum: only the tokens say that it is another."""
+    place(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    words = ("--data.tokenizer", "bpe.json", "--model.vocab", 300, "--data.documents", "packed",
+             "--model.documents", "packed", "--checkpoints.every", 4)  # fmt: skip
+    _tokenizer(300, Path("corpus/decoder.py"), Path("bpe.json"))
+    assert shardlab("train", "small.py", *words) == 0, capsys.readouterr().err
+    mine = _copy(only(Path("runs")), "stopped", only_step=4)
+    _tokenizer(280, Path("corpus/encoder.py"), Path("bpe.json"))
+    assert shardlab("train", "small.py", *words, "--resume", mine) == 2
+    said = capsys.readouterr().err.strip()
+    assert "other tokens of the same text" in said
+    for fact in run_folder.IDENTITY:  # every one of them is another
+        assert f"{fact} recorded " in said
+    assert "\n" not in said
+    assert sealed_steps(mine / "checkpoints") == [4]
+    _tokenizer(300, Path("corpus/decoder.py"), Path("bpe.json"))
+    assert shardlab("train", "small.py", *words, "--resume", mine) == 0, capsys.readouterr().err
+
+
+def test_a_checkpoint_is_held_to_what_it_says_of_its_data():
+    facts = {name: f"{n}0ab" for n, name in enumerate(run_folder.IDENTITY)}
+    now = {"experiment": {}, "corpus": "9c", "data": facts}
+    run_folder.check_same(Path("run"), now, now)
+    run_folder.check_same(Path("run"), {"experiment": {}, "corpus": "9c"}, now)  # from before they were kept
+    for name in facts:
+        was = now | {"data": {name: facts[name]}}
+        run_folder.check_same(Path("run"), was, now)
+        for other in (facts | {name: "77"}, {k: v for k, v in facts.items() if k != name}):
+            with pytest.raises(
+                InputError, match=f"{name} recorded {facts[name]}, now {other.get(name, 'none')}"
+            ):
+                run_folder.check_same(Path("run"), was, now | {"data": other})
+
+
+def test_a_mesh_for_another_number_of_devices_is_refused_before_they_are_started(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    """Even 100000 pretend devices would be started first, for minutes."""
+    from experiments import devices
+
+    monkeypatch.setattr(devices, "start", lambda *_, **__: pytest.fail("the devices were started"))
+    assert shardlab("train", "small.py", "--devices", 100000) == 2
+    assert "asks for 8 devices, but there are 100000" in capsys.readouterr().err
 
 
 def test_another_models_checkpoint_without_its_config_is_refused(

@@ -14,7 +14,7 @@ from experiments.data.store.split import HELDOUT_ONE_IN, heldout_files, is_heldo
 from sharding.errors import InputError
 
 PASSAGE_BYTES = 64 << 10
-FORMAT = 2  # raise it when the same files would give other tokens or facts: it is part of every cache key
+FORMAT = 3  # raise it when the same files would give other tokens or facts: it is part of every cache key
 
 
 @dataclasses.dataclass(frozen=True)

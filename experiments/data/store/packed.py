@@ -27,6 +27,7 @@ class PackedDataset(WindowDataset):
         folder `rows_in`, and packed into it when they are not there. InputError for a bad folder.
         """
         self.packed: dict[str, Rows] = {}
+        self._sha256: dict[str, str] = {}
         self._rows_in = Path(rows_in)
         super().__init__(folder, length)
         self.inputs = dict(self.inputs) | {
@@ -37,6 +38,7 @@ class PackedDataset(WindowDataset):
         for split, rows in self.packed.items():
             held = self.files[split].header.tokens
             self.facts[f"{split}_rows"] = len(rows)
+            self.facts[f"{split}_rows_sha256"] = self._sha256[split]
             self.facts[f"{split}_padding_share"] = 1 - held / (len(rows) * length)
 
     def gather(self, split: Split, indices: np.ndarray) -> dict[str, np.ndarray]:
@@ -50,12 +52,20 @@ class PackedDataset(WindowDataset):
         return {name: array.astype(np.int32) for name, array in made.items()} | {"weights": weights}
 
     def heldout_labels(self, rows: int) -> list[np.ndarray]:
-        """The labels of the first `rows` held-out rows, one stretch a piece, each (n,)."""
+        """The labels of the first `rows` held-out rows in the order of the text, each (n,): pieces that follow one another
+        there are one stretch, so that a character that a row's end cuts in two is whole again.
+        """
         packed, stored = self.packed["heldout"], self.files["heldout"].tokens
         last = int(packed.first[rows])
-        spans = zip(packed.starts[:last].tolist(), packed.lengths[:last].tolist(), strict=True)
-        return [stored[start : start + size] for start, size in spans]
+        order = np.argsort(packed.starts[:last])
+        starts = packed.starts[:last][order].astype(np.int64)
+        ends = starts + packed.lengths[:last][order]
+        begins = np.flatnonzero(np.append(True, starts[1:] != ends[:-1]))  # the first piece of each stretch
+        stops = ends[np.append(begins[1:], len(ends)) - 1]
+        return [
+            stored[start:stop] for start, stop in zip(starts[begins].tolist(), stops.tolist(), strict=True)
+        ]
 
     def _count(self, split: str) -> int:
-        self.packed[split] = packed_rows(self.files[split], self.length, self._rows_in)
+        self.packed[split], self._sha256[split] = packed_rows(self.files[split], self.length, self._rows_in)
         return len(self.packed[split])

@@ -27,8 +27,9 @@ _FORMAT = struct.Struct("<8sIIQQ32s32s")
 _SEAL_AT = HEADER_BYTES - 32
 
 
-def packed_rows(file: TokenFile, length: int, folder: Path) -> Rows:
-    """The documents of `file` in rows of `length` tokens, packed into a file of `folder` when it is not there yet.
+def packed_rows(file: TokenFile, length: int, folder: Path) -> tuple[Rows, str]:
+    """The documents of `file` in rows of `length` tokens, packed into a file of `folder` when it is not there yet, and the
+    sha256 of these rows.
 
     Packing is a pure function of the documents' offsets and the length, which the file's name says. Processes that
     arrive together each pack and the last one's file, which is the same, stays. InputError for a folder that cannot be
@@ -65,7 +66,7 @@ def _write(path: Path, rows: Rows, length: int, offsets: bytes) -> None:
             temporary.unlink()
 
 
-def _open(path: Path, length: int, offsets: bytes) -> Rows:
+def _open(path: Path, length: int, offsets: bytes) -> tuple[Rows, str]:
     """Map `path` after checking seal, size and what was packed; the body is hashed where that is cheap."""
     again = "Delete it: it is packed anew."
     with path.open("rb") as file:
@@ -92,4 +93,4 @@ def _open(path: Path, length: int, offsets: bytes) -> Rows:
             f"{digest.hex()[:16]}.... {again}"
         )
     first, starts, lengths = np.split(body, [8 * (rows + 1), 8 * (rows + 1 + count)])
-    return Rows(first.view("<u8"), starts.view("<u8"), lengths.view("<u4"))
+    return Rows(first.view("<u8"), starts.view("<u8"), lengths.view("<u4")), digest.hex()

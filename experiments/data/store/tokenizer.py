@@ -83,6 +83,8 @@ class BPETokenizer(Tokenizer):
                 f"{', '.join(KNOWN_ENDS)}. Add one of them to its added tokens."
             )
         self._tokenizer.encode_special_tokens = True  # text that spells a special token stays text
+        self._tokenizer.no_truncation()  # a file made for another model's inputs may ask for both: no text is cut off,
+        self._tokenizer.no_padding()  # and no token is made that no text stands behind
         self.json = source
         self.separator = known[0]
         self.vocab = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
