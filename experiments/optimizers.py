@@ -96,7 +96,8 @@ class AdamW:
             b1=self.b1,
             b2=self.b2,
             eps=self.eps,
-            mu_dtype=self.mean_dtype,
+            # None is the parameters' own type: float32, and double where a step is computed in double
+            mu_dtype=None if self.mean_dtype == "float32" else self.mean_dtype,
             weight_decay=self.weight_decay,
             mask=matrices,
         )

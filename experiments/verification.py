@@ -7,6 +7,7 @@ config -> one device in the working precision and in double (the budget) -> ever
 from __future__ import annotations
 
 import functools
+import math
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -93,7 +94,7 @@ def verify(
     outcomes = work.explained(outcomes)
     outcomes.sort(key=lambda o: asked.index(o.case))
     terms, leaves = work.budget.terms, len(work.single.gradients)
-    precision = "float64" if x64 else "float32"
+    precision = "float64" if x64 else str(getattr(experiment.model, "dtype", "float32"))
     return Verified(tuple(outcomes), steps, work.rows, terms, leaves, precision, work.budget.within)
 
 
@@ -194,7 +195,7 @@ class _Work:
                 case, {}, "", (), failed=f"{type(error).__name__}: {' '.join(str(error).split())[:600]}"
             )
         found = compared(self.budget, trial, self.single, self.exact)
-        worst = {k: max(found[k], key=lambda c: c.share) for k in KINDS if found[k]}
+        worst = {k: max(found[k], key=lambda c: (c.departs, c.share)) for k in KINDS if found[k]}
         drawn = {p: w.astype(np.float32) for p, w in trial.initial.items()}
         initial = next((p for p, w in self.single.initial.items() if not np.array_equal(drawn[p], w)), "")
         made = Outcome(case, worst, initial, tuple(trial.uneven))
@@ -207,9 +208,15 @@ class _Work:
         """The outcomes, with where it departs for the smallest departing mesh of each partitioner."""
         ready = dict(self.departing.values())
         return [
-            replace(o, departure=self._departure(o, ready[o.case])) if o.case in ready else o
-            for o in outcomes
+            replace(o, departure=self._placed(o, ready[o.case])) if o.case in ready else o for o in outcomes
         ]
+
+    def _placed(self, o: Outcome, ready: Ready) -> Departure | None:
+        try:
+            return self._departure(o, ready)
+        except Exception as error:  # of any kind, in its author's code: what was found must still be told
+            why = f"could not be placed: {type(error).__name__}: {' '.join(str(error).split())[:600]}"
+            return Departure("unplaced", why, "", (), math.inf, 0.0, "")
 
     def _departure(self, o: Outcome, ready: Ready) -> Departure | None:
         step = ready.step

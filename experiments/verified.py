@@ -48,9 +48,21 @@ class Outcome:
     @property
     def departs(self) -> bool:
         """Whether it is not what one device computes."""
-        wrong = any(c.share > 1 for c in self.worst.values())
+        wrong = any(c.departs for c in self.worst.values())
         untraced = self.departure is not None and self.departure.phase == "trace"
         return bool(self.failed or self.initial or self.uneven or wrong or untraced)
+
+    @property
+    def coarse(self) -> bool:
+        """Whether rounding is too coarse to judge: a gradient is off by more than half, and rounding may have made that."""
+        return not self.departs and any(c.coarse for c in self.worst.values())
+
+    @property
+    def verdict(self) -> str:
+        """What is told of it: "refused", "departs", "too coarse" or "agrees"."""
+        if self.refused:
+            return "refused"
+        return "departs" if self.departs else "too coarse" if self.coarse else "agrees"
 
 
 @dataclass(frozen=True)
@@ -63,6 +75,7 @@ class Verified:
     terms: int
     leaves: int
     precision: str
+    """Type in which the model computes."""
     within: Mapping[str, str]
     """Kind of array -> a narrower dtype that the step itself casts to, whose rounding its budget holds; none: no entry."""
 
@@ -76,6 +89,11 @@ class Verified:
         """Those that are not what one device computes."""
         return tuple(o for o in self.outcomes if o.departs)
 
+    @property
+    def coarse(self) -> tuple[Outcome, ...]:
+        """Those of which rounding is too coarse to judge."""
+        return tuple(o for o in self.outcomes if o.coarse)
+
     def to_json(self) -> dict[str, Any]:
         """Plain JSON types; every figure is measured."""
 
@@ -83,7 +101,7 @@ class Verified:
             return {
                 "mesh": {a: n for a, n in o.case.mesh.sizes().items() if n > 1},
                 "partitioner": show_partitioner(o.case.partitioner),
-                "verdict": "refused" if o.refused else "departs" if o.departs else "agrees",
+                "verdict": o.verdict,
                 "worst": {k: _finite({**asdict(c), "share_of_budget": c.share}) for k, c in o.worst.items()},
                 "initial_parameters_differ": o.initial,
                 "uneven": list(o.uneven),

@@ -22,7 +22,7 @@ def print_case(show: Progress, outcome: Outcome, at: int, of: int) -> None:
     show.reached(at)
     if outcome.refused:
         return
-    verdict = "DEPARTS" if outcome.departs else "agrees"
+    verdict = "DEPARTS" if outcome.departs else "coarse" if outcome.coarse else "agrees"
     said = "  ".join(f"{kind} {_cell(outcome.worst[kind])}" for kind in KINDS if kind in outcome.worst)
     if outcome.departure:
         said = f"{_PHASES[outcome.departure.phase]}: {outcome.departure.what}"
@@ -45,11 +45,18 @@ def print_verified(made: Verified, seconds: float) -> None:
     if made.departed:
         titles = "; ".join(o.case.title for o in made.departed)
         console.print(f"[bold red]{len(made.departed)} of {len(checked)} depart from one device[/]: {titles}")
-    else:
+    elif not made.coarse:
         meshes = len({o.case.mesh for o in checked})
         console.print(
             f"[bold]All {len(checked)} agree with one device[/] ({meshes} meshes; {made.leaves} arrays each, {made.steps} "
             f"updates of {made.rows} rows, {made.precision}, {clock(seconds)})"
+        )
+    if made.coarse:
+        titles = "; ".join(o.case.title for o in made.coarse)
+        console.print(
+            f"[bold]{len(made.coarse)} of {len(checked)} too coarse to judge[/]: {titles}. A gradient is off by more than half "
+            f"of its largest entry, which the rounding of {made.precision} may make here. Verify in float32 (--model.dtype "
+            f"float32) or with --x64."
         )
     for dtype in sorted(set(made.within.values())):
         kinds = [kind for kind in KINDS if made.within.get(kind) == dtype]
@@ -97,11 +104,15 @@ _PHASES = {
     "gradient": "in a gradient (all named ops agree, forward and backward)",
     "metric": "in a metric (all named ops and gradients agree)",
     "update": "in the update (all gradients agree)",
+    "unplaced": "at a place that was not found",
 }
 
 
 def _departure(console: Console, d: Departure) -> None:
     say = lambda text: console.print(text, markup=False)
+    if d.phase == "unplaced":
+        say(f"  {d.what}")
+        return
     say(f"  first    {d.what}")
     if d.phase != "trace":
         say(f"  lies     {d.layout}")

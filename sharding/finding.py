@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from sharding.errors import InputError
+
 Kind = Literal["replicated array", "wasteful move", "repeated work", "idle axis"]
 Severity = Literal["warning", "error"]
 
@@ -50,6 +52,13 @@ class Limits:
     """Part of the bytes that a device sends in one step; what is sent for nothing must reach both."""
     work: float = 0.05
     """Part of a device's FLOPs in one step that repeat another device's."""
+
+    def __post_init__(self) -> None:
+        for name, value in (("bytes", self.bytes), ("traffic", self.traffic), ("work", self.work)):
+            if not value >= 0:
+                raise InputError(
+                    f"The limit {name} is {value}, but waste is told from some size on, which is 0 or more. Change {name}."
+                )
 
 
 def human(n: float, unit: str = "B", base: int = 1024) -> str:

@@ -13,6 +13,7 @@ from typing import TypeVar
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.extend.core import get_opaque_trace_state
 
 from sharding.region import Listener, Region, Tap
 
@@ -37,12 +38,15 @@ def scanned(
     x: C,
     stacked: dict[str, Array],
 ) -> C:
-    """The layers in one scan, each named op's result in each layer told to the listener."""
+    """The layers in one scan, each named op's result in each layer told to the listener where that hears."""
+    if not region.hears:
+        return lax.scan(lambda x, held: (body(x, held), None), x, stacked)[0]
 
     def inside(heard: _Inside, x: C, held: dict[str, Array]) -> C:
-        outer, region.listen, region.scope = region.scope, heard, ""
+        outer = region.scope, region.entered
+        region.listen, region.scope, region.entered = heard, "", get_opaque_trace_state(convention="nnx")
         made = body(x, held)
-        region.listen, region.scope = listener, outer
+        region.listen, (region.scope, region.entered) = listener, outer
         return made
 
     def layer(x: C, given: tuple[dict[str, Array], list[Array | None]]) -> tuple[C, list[Array]]:

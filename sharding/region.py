@@ -69,12 +69,22 @@ class Region:
     """Told every named op's result, as a value of the trace that was entered. Nothing is rematerialized then."""
     scope: str = ""
     """Where in the model the trace is, for taps."""
+    entered: Any = None
+    """The trace that was entered, in which alone `listen` hears."""
     _memo: dict[tuple, tuple[Any, Array, Array]] = field(default_factory=dict)
 
     @property
     def manual(self) -> bool:
         """Whether arrays are local shards inside one manual region."""
         return isinstance(self.partitioner, Manual)
+
+    @property
+    def hears(self) -> bool:
+        """Whether `listen` is told of the trace at hand: a model's own checkpoint or scan is another, whose values cannot
+        leave it.
+        """
+        here = get_opaque_trace_state(convention="nnx")
+        return self.listen is not None and self.entered == here
 
     def dims(self, names: tuple[str, ...]) -> Dims:
         """Layout of an activation with these names."""
@@ -138,6 +148,7 @@ def current() -> Region | None:
 @contextmanager
 def enter(region: Region) -> Iterator[Region]:
     """Named ops called inside this context belong to `region`."""
+    region.entered = get_opaque_trace_state(convention="nnx")
     token = _current.set(region)
     try:
         yield region
@@ -181,7 +192,7 @@ def tap(op: str, names: tuple[str, ...], x: Array) -> Array:
     seen = Tap(op, names, tuple(x.shape), str(x.dtype), source, region.scope)
     if region.taps is not None:
         region.taps.append(seen)
-    if region.listen is None:
+    if region.listen is None or not region.hears:
         return x
     zero = region.listen.zero(seen)
     x = x if zero is None else x + zero

@@ -22,7 +22,7 @@ from experiments import cli
 from experiments.doctor import cases as plan
 from experiments.doctor.cases import Case
 from experiments.doctor.collectives import COLLECTIVES, examine
-from experiments.doctor.examination import mesh_shape
+from experiments.doctor.examination import Order, mesh_shape, nothing_wanted
 from experiments.doctor.verdict import Verdict, compare, could_not_run, not_applicable, worst
 from sharding.mesh import device_mesh
 
@@ -402,6 +402,19 @@ def test_bad_input_is_one_paragraph_and_exit_code_2(
     assert len(told.splitlines()) == 1
 
 
-def test_only_that_leaves_nothing_is_bad_input(capsys: pytest.CaptureFixture[str]) -> None:
-    assert doctor("--devices", 1, "--processes", 1, "--only", "zebra") == cli.BAD_INPUT
-    assert "leaves no check to run" in capsys.readouterr().err
+@pytest.mark.parametrize("more", [(), ("--quick",), ("--devices", 1, "--processes", 1)])
+def test_only_that_leaves_nothing_is_bad_input_before_any_process_starts(
+    more: tuple[Any, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert doctor(*more, "--only", "zebra") == cli.BAD_INPUT
+    said = capsys.readouterr()
+    assert "leaves no check to run" in said.err
+    assert said.out == ""
+
+
+def test_a_check_that_some_number_of_devices_has_is_not_refused_before_they_are_counted() -> None:
+    for n in (2, 4, 6, 8, 16):
+        for case in plan.cases(mesh_shape(n).sizes(), quick=True):
+            assert not nothing_wanted(Order(only=(case.name,), quick=True), []), (n, case.name)
+    assert nothing_wanted(Order(devices=2, only=("over tensor",)), [])
+    assert not nothing_wanted(Order(only=("over tensor",)), [])

@@ -82,6 +82,7 @@ def test_the_model_mended_as_the_page_says_agrees(folder: Path, capsys: pytest.C
     [
         (["--meshes", "data=x"], "cannot be read at 'data=x'"),
         (["--meshes", "dta=2"], "'dta', which does not exist \\(nearest: 'data'\\)"),
+        (["--meshes", "data=1"], "--meshes data=1 is one device, which verify compares"),
         (["--meshes", "data=3"], "None of the 2 meshes can be laid out.*does not divide"),
         (["--meshes", "data=2", "--devices", "1"], "asks for 2 devices"),
         (

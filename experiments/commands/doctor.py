@@ -57,18 +57,24 @@ def main(argv: list[str]) -> int:
     """Examine the machine; 0 when all is well, 1 when a check was wrong or could not run."""
     flags = cli.read_flags(argv, Flags)
     order, probes = _ordered(flags)
-    from experiments.doctor.examination import examine_machine
+    from experiments.doctor.examination import examine_machine, nothing_wanted
     from experiments.doctor.findings import document, failures, show
 
+    if nothing_wanted(order, probes):  # before any process starts
+        raise _nothing(flags, probes)
     made = examine_machine(order, probes, Teller(), lambda what: print(f"checking {what} ...", flush=True))
     if flags.only and not [f for f in made.findings if f.check.case or f.check.probe]:
-        raise InputError(
-            f"--only {' '.join(flags.only)} leaves no check to run. Collectives are named such as 'all-reduce float32 over "
-            f"data, 64 KiB'; probes by their files: {', '.join(p.name for p in probes)}."
-        )
+        raise _nothing(flags, probes)
     show(made, probes, flags.accept)
     write_json(flags.json, document(made, probes, flags.accept))
     return UNWELL if failures(made, flags.accept) else WELL
+
+
+def _nothing(flags: Flags, probes: list[Probe]) -> InputError:
+    return InputError(
+        f"--only {' '.join(flags.only)} leaves no check to run. Collectives are named such as 'all-reduce float32 over "
+        f"data, 64 KiB'; probes by their files: {', '.join(p.name for p in probes)}."
+    )
 
 
 def _ordered(flags: Flags) -> tuple[Order, list[Probe]]:

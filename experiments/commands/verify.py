@@ -3,7 +3,7 @@
 Loss, every gradient, every parameter and optimizer array after some updates are compared with one device, for both
 partitioners, against error budgets derived from measured rounding (docs/verify.md). On departure the first tensor that
 departs is named. `--steps N` sets the updates compared (5), `--devices N` the most devices of a mesh (8). Exit code 1
-when anything departs.
+when anything departs, or is too coarse to judge.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Flags:
 
 
 def main(argv: list[str]) -> int:
-    """Verify; 0 when every mesh agrees with one device, 1 when one departs."""
+    """Verify; 0 when every mesh agrees with one device, 1 when one departs or cannot be judged."""
     experiment, flags, origin = cli.read(argv, Flags)
     meshes = tuple(_mesh(text) for text in flags.meshes)
     if "--meshes" in argv and not meshes:
@@ -80,7 +80,7 @@ def main(argv: list[str]) -> int:
     seconds = time.perf_counter() - began
     print_verified(made, seconds)
     write_json(flags.json, {**made.to_json(), "seconds": seconds})
-    return 1 if made.departed else 0
+    return 1 if made.departed or made.coarse else 0
 
 
 def _mesh(text: str) -> MeshShape:
@@ -96,4 +96,10 @@ def _mesh(text: str) -> MeshShape:
                 f"data=2,tensor=4. Give every axis a whole number of devices."
             )
         pairs.append((axis.strip(), int(size)))
-    return MeshShape.of(*pairs)
+    mesh = MeshShape.of(*pairs)
+    if mesh.devices == 1:
+        raise InputError(
+            f"--meshes {text} is one device, which verify compares every mesh with: it would be held against itself. Give an "
+            f"axis 2 devices or more, such as --meshes {pairs[0][0]}=2."
+        )
+    return mesh

@@ -106,6 +106,14 @@ def examine_machine(
     return replace(made, seconds=time.perf_counter() - began)
 
 
+def nothing_wanted(order: Order, probes: Sequence[Probe]) -> bool:
+    """Whether an order leaves no check, whatever the machine: known before anything starts."""
+    if any(order.wants(p.name) and (p.needs.quick or not order.quick) for p in probes):
+        return False
+    # Where the devices are not counted yet, meshes of one, two and three axes: any other number has the names of one of these.
+    return not any(_collectives(order, n) for n in ((order.devices,) if order.devices else (2, 4, 8)))
+
+
 def _check(probe: Probe, order: Order) -> Check:
     limit = max(order.limit, probe.needs.seconds)
     return Check(probe.name, limit, probe=str(probe.path.resolve()), devices=probe.needs.devices)

@@ -19,7 +19,7 @@ class Departure:
     """The first tensor that departs, how it lies and by which rules, and what the error looks like."""
 
     phase: str
-    """"trace", "initial", "forward", "backward", "gradient", "metric" or "update"."""
+    """"trace", "initial", "forward", "backward", "gradient", "metric", "update", or "unplaced" where looking for it failed."""
     what: str
     """The tensor: a named op's result with layer and file:line, or a parameter's path; of a trace its place."""
     layout: str
@@ -80,9 +80,10 @@ def _departure(
     each = found.reshape(-1, *exact.shape) if replicas else found[None]
     named = {"": exact} if np.issubdtype(exact.dtype, np.floating) else {"": exact.astype(np.float64)}
     worst = max(
-        (budget.compare("gradient", {"": x}, {"": single}, named)[0] for x in each), key=lambda c: c.share
+        (budget.compare("gradient", {"": x}, {"": single}, named)[0] for x in each),
+        key=lambda c: (c.departs, c.share),
     )
-    if worst.share <= 1:
+    if not worst.departs:
         return None
     want = exact if budget.double else single
     looks = diagnose(Error(found, want, seen.layout, sizes, worst.allowed, replicas))

@@ -14,7 +14,10 @@ error analysis, theorem 2.4); FEW roundings follow it. In double precision there
 rounding scales with the unit roundoff: distances are those of the working precision times the ratio of the two units.
 
 A model or an optimizer that computes in a narrower type of its own does so in double as well: no distance shows that
-rounding, and the budget of the arrays that come after it is MARGIN x that type's unit at least.
+rounding, and the budget of the arrays that come after it is MARGIN x that type's unit at least. Of a parameter that is a
+part of what the updates made of it, not of its own size, or one that is never updated would pass.
+
+No gradient may be off by more than HALF of its scale: zeros in its place are off by all of it, a factor of two as well.
 """
 
 from __future__ import annotations
@@ -32,6 +35,11 @@ FEW = 4.0
 """Roundings of a number besides those of its longest sum."""
 UNITS = {"float32": 2.0**-24, "float64": 2.0**-53}
 """Unit roundoff of the precision that sums are taken in."""
+HALF = 0.5
+"""What a gradient may be off by at most. A budget of measured rounding that is larger cannot tell right from wrong up to
+PLAIN: such an error is too coarse to judge."""
+PLAIN = 0.9
+"""An error of a gradient from which on it is wrong whatever the rounding: zeros, a factor of two, another sign."""
 MOST = {"float32": 1e-2, "bfloat16": 0.5}
 """Rounding of one device, relative to an array's scale, above which it is no rounding: a budget made of it would pass
 anything."""
@@ -48,6 +56,13 @@ class Compared:
     allowed: float
     scale: float
     """What `error` is relative to, in the array's own units: its largest entry, or its root mean square."""
+    coarse: bool = False
+    """Whether `error` is more than is allowed, but no more than measured rounding may make: neither right nor wrong."""
+
+    @property
+    def departs(self) -> bool:
+        """Whether it is not what one device computes."""
+        return self.share > 1 and not self.coarse
 
     @property
     def share(self) -> float:
@@ -89,8 +104,11 @@ class Budget:
         found: Mapping[str, np.ndarray],
         single: Mapping[str, np.ndarray],
         exact: Mapping[str, np.ndarray],
+        moved: Mapping[str, float] | None = None,
     ) -> list[Compared]:
-        """Every array of `found` against one device: `single` in the working precision, `exact` in double."""
+        """Every array of `found` against one device: `single` in the working precision, `exact` in double. `moved`, of
+        parameters: the root mean square of what the updates made of each, in its own units.
+        """
         norm = NORMS[kind]
         floats = [p for p, x in exact.items() if np.issubdtype(x.dtype, np.floating)]
         # An array that is nothing but rounding (the bias of a key, which a softmax does not see) has no scale of its own.
@@ -108,16 +126,25 @@ class Budget:
             else:
                 right = want if self.double else single[p]
                 error = norm(_wide(mine) - _wide(right)) / scales[p] if np.isfinite(mine).all() else math.inf
-                made.append(Compared(kind, p, error, self.allowed(kind, max(noise[p], usual)), scales[p]))
+                part = 1.0 if moved is None else moved[p] / scales[p]
+                room = self.room(kind, max(noise[p], usual), part)
+                allowed = min(room, HALF) if kind == "gradient" else room
+                made.append(Compared(kind, p, error, allowed, scales[p], allowed < error <= min(room, PLAIN)))
         return made
 
-    def allowed(self, kind: str, noise: float) -> float:
-        """What an array of a kind may be off by, relative to its scale, where one device is `noise` from double."""
+    def room(self, kind: str, noise: float, part: float = 1.0) -> float:
+        """What rounding may make of an array of a kind, relative to its scale, where one device is `noise` from double.
+        `part`: the part of the array, relative to its scale, that was computed and can have been rounded to a narrower type.
+        """
         unit = UNITS["float64" if self.double else "float32"]
         if self.double:
             noise *= UNITS["float64"] / UNITS["float32"]
         own = self.within.get(kind)
         narrow = MARGIN * float(jnp.finfo(own).eps) / 2 if own else 0.0
+        if kind == "parameter" and "gradient" in self.within:
+            # AdamW divides a gradient by its own size: where that is nothing but rounding the update's sign is arbitrary.
+            narrow = min(math.sqrt(narrow), HALF)
+        narrow *= part
         return max(MARGIN * noise, unit * (FEW + math.sqrt(self.terms)), narrow)
 
 

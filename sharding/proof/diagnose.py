@@ -98,7 +98,7 @@ def _replicas(e: Error) -> str:
 def _factor(e: Error) -> str:
     """One number times the right values."""
     ratio = _ratio(e.found, e.want)
-    if ratio is None or abs(ratio - 1) < 10 * e.allowed or not e.explains(ratio * e.want):
+    if ratio is None or abs(ratio - 1) < min(10 * e.allowed, 0.1) or not e.explains(ratio * e.want):
         return ""
     if ratio == 0:
         return "all zeros"

@@ -104,7 +104,7 @@ class Going:
         self.gradients: dict[str, Any] = {}
         with jax.enable_x64(ready.double):
             begun = ready.step.init(seed) if initial is None else ready.step.begin(initial)
-            self.state = jax.tree.map(lambda x, s: x.astype(s.dtype), begun, ready.state)
+            self.state = jax.tree.map(lambda x, s: x if _key(x) else x.astype(s.dtype), begun, ready.state)
             self.initial = host(self.state["params"])
 
     def update(self, batch: Mapping[str, np.ndarray]) -> None:
@@ -139,10 +139,15 @@ def host(leaves: Mapping[str, Any]) -> Leaves:
     """Arrays whole on the host, bfloat16 as float32."""
     out = {}
     for path, x in leaves.items():
-        x = jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x
+        x = jax.random.key_data(x) if _key(x) else x
         array = np.asarray(x)
         out[path] = array.astype(np.float32) if array.dtype == jnp.bfloat16 else array
     return out
+
+
+def _key(x: Any) -> bool:
+    """Whether an array is one of random keys, which have no numbers of their own."""
+    return jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
 
 
 def copies(x: jax.Array) -> Copies | None:
@@ -150,6 +155,7 @@ def copies(x: jax.Array) -> Copies | None:
 
     XLA trusts a program that says that an array is replicated; nothing but its shards shows that it is not.
     """
+    x = jax.random.key_data(x) if _key(x) else x
     seen: dict[str, np.ndarray] = {}
     pairs = [
         (seen.setdefault(str(s.index), np.asarray(s.data)), np.asarray(s.data)) for s in x.addressable_shards

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 
 from sharding.layout import Layout
 from sharding.proof.bisect import Departure, placed
-from sharding.proof.budget import Budget, Compared
+from sharding.proof.budget import Budget, Compared, typical
 from sharding.proof.diagnose import Error, common, diagnose
 from sharding.proof.trial import Copies, Going, Leaves, Trial
 
@@ -18,7 +19,27 @@ PARTS = {"gradient": "gradients", "loss": "metrics", "parameter": "params", "opt
 
 def compared(budget: Budget, found: Trial, single: Trial, exact: Trial) -> dict[str, list[Compared]]:
     """Kind -> every array of a trial against one device in the working precision and in double."""
-    return {kind: budget.compare(kind, *(leaves(t, kind) for t in (found, single, exact))) for kind in PARTS}
+    moved = {p: typical(w.astype(np.float64) - exact.initial[p]) for p, w in exact.params.items()}
+    made = {
+        kind: budget.compare(
+            kind,
+            *(leaves(t, kind) for t in (found, single, exact)),
+            moved=moved if kind == "parameter" else None,
+        )
+        for kind in PARTS
+    }
+    first = _first_metrics(budget, found, single, exact)
+    made["loss"] = [max(pair, key=lambda c: c.share) for pair in zip(made["loss"], first, strict=True)]
+    return made
+
+
+def _first_metrics(budget: Budget, found: Trial, single: Trial, exact: Trial) -> list[Compared]:
+    """The metrics of the first update alone: made before the optimizer casts anything, so without room for its casts."""
+    before = {"loss": dtype} if (dtype := budget.within.get("gradient")) else {}
+    mine, one, two = (leaves(t, "loss") for t in (found, single, exact))
+    rest = two if budget.double else one
+    alone = {p: np.concatenate([x[:1], rest[p][1:]]) for p, x in mine.items() if p in rest}
+    return replace(budget, within=before).compare("loss", alone, one, two)
 
 
 def leaves(trial: Trial, kind: str) -> Leaves:
@@ -42,7 +63,7 @@ def departing_update(
         trials = found.trial(), single.trial(), exact.trial()
         mine, want = trials[0], trials[2] if budget.double else trials[1]
         for kind, made in compared(budget, *trials).items():
-            if wrong := [c for c in made if c.share > 1 or f"{kind} {c.path}" in mine.uneven]:
+            if wrong := [c for c in made if c.departs or f"{kind} {c.path}" in mine.uneven]:
                 worst = max(wrong, key=lambda c: c.share)
                 told = _of_metric if kind == "loss" else _of_leaf
                 return told(found, worst, (mine, want), before, at)
