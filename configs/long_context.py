@@ -3,8 +3,8 @@
 Claim: a sequence too long for one device trains when it is split: temporaries of a step fall as 1/devices (compiled, on
        1, 2, 4 and 8 devices: tests/test_context.py), and every device does the same work although the mask is causal
 Command: shardlab train configs/long_context.py
-Cost: 5 minutes on 2 CPU cores, 2.4 GiB of memory
-Result: the loss falls from 5.7 to about 3.4 nats in 8 steps of 32,768 tokens
+Cost: 4 min 26 s on 2 CPU cores that others shared, 2.4 GiB of memory (measured)
+Result: the loss falls from 6.13 to 3.35 nats in 8 steps of 32,768 tokens (measured)
 """
 
 from __future__ import annotations

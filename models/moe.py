@@ -13,7 +13,7 @@ from models.moe_config import MoEConfig
 from models.transformer import Attention, FeedForward, Transformer
 from sharding.grouped import Product, dropless
 from sharding.layers import layers_and_sums
-from sharding.ops import einsum, embed, rms_norm
+from sharding.ops import einsum, rms_norm
 from sharding.params import normal, ones, param, stack, zeros
 from sharding.region import wide
 from sharding.routing import Route, chosen, combine, dispatch, dropped, seat, top_k
@@ -147,10 +147,8 @@ class MoE(Transformer):
     ) -> tuple[Array, dict[str, Array]]:
         """The residual stream after the last norm, and what the layers sum over each row's tokens."""
         c = self.config
-        x_BLD = embed(self.table, tokens, "batch length").astype(c.dtype)
-        if c.unembed == "tied":
-            x_BLD = x_BLD * jnp.asarray(c.embed**0.5, x_BLD.dtype)
-        x_BLD, sums = layers_and_sums(self.layers, x_BLD, c.remat, c.loop, (weights_BL, *apart))
+        beside = (weights_BL, *apart)
+        x_BLD, sums = layers_and_sums(self.layers, self.entered(tokens), c.remat, c.loop, beside)
         return rms_norm(x_BLD, self.norm, "batch length embed"), sums
 
     def loss(self, batch: dict[str, Array]) -> dict[str, Array]:

@@ -101,10 +101,14 @@ class Transformer(nnx.Module):
     def hidden(self, tokens: Array, *apart: Array) -> Array:
         """The residual stream `batch length embed` after the last norm, in the activations' dtype."""
         c = self.config
+        x_BLD = layers(self.layers, self.entered(tokens), c.remat, c.loop, apart)
+        return rms_norm(x_BLD, self.norm, "batch length embed")
+
+    def entered(self, tokens: Array) -> Array:
+        """The residual stream `batch length embed` before the first layer, in the activations' dtype."""
+        c = self.config
         x_BLD = embed(self.table, tokens, "batch length").astype(c.dtype)
-        if c.unembed == "tied":
-            x_BLD = x_BLD * jnp.asarray(c.embed**0.5, x_BLD.dtype)
-        return rms_norm(layers(self.layers, x_BLD, c.remat, c.loop, apart), self.norm, "batch length embed")
+        return x_BLD * jnp.asarray(c.embed**0.5, x_BLD.dtype) if c.unembed == "tied" else x_BLD
 
     def logits(self, tokens: Array, *apart: Array) -> Array:
         """Next-token scores `batch length vocab` in the activations' dtype for tokens `batch length`."""

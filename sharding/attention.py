@@ -99,7 +99,7 @@ def attention(
             region
         )  # stated: XLA cannot bring whole key heads to split query heads by itself
         q, k, v = region.constrain(q, of_q), region.constrain(k, of_k), region.constrain(v, of_k)
-    made = _whole_rows(q, k, v, sight, pair)
+    made = _attend(q, k, v, sight, pair)
     if region is not None:
         made = (
             region.move(made, dims, region.dims(names))
@@ -109,7 +109,7 @@ def attention(
     return tap("attention", names, made)
 
 
-def _whole_rows(q: Array, k: Array, v: Array, sight: Sight, segments: tuple[Array, ...] | None) -> Array:
+def _attend(q: Array, k: Array, v: Array, sight: Sight, segments: tuple[Array, ...] | None) -> Array:
     """Attention of local shards, by the form that suits them."""
     if sight == Sight() and segments is None and q.shape[1] == k.shape[1] <= KEEP_UP_TO:
         return causal_attention(q, k, v)

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from sharding.product import wide_product
 from sharding.region import wide
 
 BLOCKS = 4
@@ -29,25 +30,18 @@ def causal_attention(q: Array, k: Array, v: Array) -> Array:
     return _forward(q, k, v)[0]
 
 
-def _products(formula: str, a: Array, b: Array) -> Array:
-    """A product that is accumulated and kept in float32, or in float64 where the operands are."""
-    return jnp.einsum(
-        formula, a, b, preferred_element_type=a.dtype if a.dtype == jnp.float64 else jnp.float32
-    )
-
-
 def _forward(q: Array, k: Array, v: Array) -> tuple[Array, tuple[Any, ...]]:
     heads, groups, scale = q.shape[2], q.shape[2] // k.shape[2], q.shape[3] ** -0.5
     q = by_kv_head(q * jnp.asarray(scale, q.dtype), k.shape[2])
     k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
     out, powers, totals = [], [], []
     for start, stop in _query_blocks(k.shape[2]):
-        scores = _products("bjnk,bjmk->bjnm", q[:, :, start * groups : stop * groups], k[:, :, :stop])
+        scores = wide_product("bjnk,bjmk->bjnm", q[:, :, start * groups : stop * groups], k[:, :, :stop])
         scores = scores + _mask(start, stop, groups).astype(scores.dtype)
         e = jnp.exp(scores - scores.max(axis=-1, keepdims=True))
         total = e.sum(axis=-1, keepdims=True)
         e = e.astype(v.dtype)
-        out.append(_products("bjnm,bjmk->bjnk", e, v[:, :, :stop]) / total)
+        out.append(wide_product("bjnm,bjmk->bjnk", e, v[:, :, :stop]) / total)
         powers.append(e)
         totals.append(total)
     o = jnp.concatenate(out, axis=2)
@@ -65,12 +59,12 @@ def _backward(kept: tuple[Any, ...], do_BLHK: Array) -> tuple[Array, ...]:
     dq, dk, dv = [], jnp.zeros((), total.dtype), jnp.zeros((), total.dtype)
     for (start, stop), e in zip(_query_blocks(length), powers, strict=True):
         rows = slice(start * groups, stop * groups)
-        ds = _products("bjnk,bjmk->bjnm", do[:, :, rows], v[:, :, :stop]) - mean[:, :, rows]
+        ds = wide_product("bjnk,bjmk->bjnm", do[:, :, rows], v[:, :, :stop]) - mean[:, :, rows]
         ds = (wide(e) * ds).astype(dtype)
-        dq.append(_products("bjnm,bjmk->bjnk", ds, k[:, :, :stop]))
+        dq.append(wide_product("bjnm,bjmk->bjnk", ds, k[:, :, :stop]))
         later = ((0, 0), (0, 0), (0, 0), (0, length - stop))
-        dk = _add(dk, jnp.pad(_products("bjnk,bjnm->bjkm", q[:, :, rows], ds), later))
-        dv = _add(dv, jnp.pad(_products("bjnk,bjnm->bjkm", do[:, :, rows], e), later))
+        dk = _add(dk, jnp.pad(wide_product("bjnk,bjnm->bjkm", q[:, :, rows], ds), later))
+        dv = _add(dv, jnp.pad(wide_product("bjnk,bjnm->bjkm", do[:, :, rows], e), later))
     dq = by_position(jnp.concatenate(dq, axis=2), heads) * scale
     return dq.astype(dtype), dk.transpose(0, 3, 1, 2).astype(dtype), dv.transpose(0, 3, 1, 2).astype(dtype)
 

@@ -16,10 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import Array, lax
-from jax.sharding import PartitionSpec
 
 from sharding.errors import InputError
-from sharding.layout import Dims, Layout
+from sharding.layout import Dims, spec_of
 from sharding.operands import operand_lies, split_axes
 from sharding.region import Region, current, names_of, tap, value, wide
 from sharding.relayout import vary, varying
@@ -67,9 +66,12 @@ def dropless(x: Array, route: Route, expert: Expert, *matrices: nnx.Param) -> Ar
         held = {id(w): array for w, array in zip(matrices, given, strict=True)}
         return _local(region, x, mine, expert, held, over, whole, lies[0][0])
 
-    a, b = _spec(tokens), _spec((*tokens[:2], ()))
+    a, b = spec_of(tokens), spec_of((*tokens[:2], ()))
     made = jax.shard_map(
-        run, mesh=region.mesh, in_specs=(a, b, b, _spec(tokens[:2]), [_spec(d) for d in lies]), out_specs=a
+        run,
+        mesh=region.mesh,
+        in_specs=(a, b, b, spec_of(tokens[:2]), [spec_of(d) for d in lies]),
+        out_specs=a,
     )(x, route.experts, route.gates, route.present, given)
     return tap("dropless", TOKEN, region.constrain(made, tokens))
 
@@ -221,7 +223,3 @@ def _axes(tokens: Dims, lies: list[Dims]) -> tuple[tuple[str, ...], tuple[str, .
     used = dict.fromkeys(a for dims in lies for dim in dims for a in dim)
     mine = {a for dim in tokens for a in dim}
     return tuple(a for a in used if a in mine), tuple(a for a in used if a not in mine)
-
-
-def _spec(dims: Dims) -> PartitionSpec:
-    return Layout(("",) * len(dims), dims).spec()

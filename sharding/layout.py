@@ -52,9 +52,7 @@ class Layout:
 
     def spec(self) -> PartitionSpec:
         """The layout as jax's PartitionSpec."""
-        from jax.sharding import PartitionSpec
-
-        return PartitionSpec(*(dim if len(dim) > 1 else (dim[0] if dim else None) for dim in self.dims))
+        return spec_of(self.dims)
 
     def text(self) -> str:
         """The layout for people: `embed/fsdp mlp/tensor`, a whole dim without a slash."""
@@ -280,6 +278,13 @@ def contribution_axes(params: Mapping[str, ParamLayouts], inputs: list[Layout]) 
     used = {a for p in params.values() for a in p.compute.axes}
     tokens = {a for x in inputs for a in x.axes} - used | everywhere
     return {p: frozenset(tokens) - frozenset(x.compute.axes) for p, x in params.items()}
+
+
+def spec_of(dims: Dims) -> PartitionSpec:
+    """Axes of each dim as jax's PartitionSpec."""
+    from jax.sharding import PartitionSpec
+
+    return PartitionSpec(*(dim if len(dim) > 1 else (dim[0] if dim else None) for dim in dims))
 
 
 def local_shape(shape: tuple[int, ...], dims: Dims, sizes: Mapping[str, int]) -> tuple[int, ...]:

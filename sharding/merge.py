@@ -8,7 +8,7 @@ from jax import Array
 
 from sharding.errors import InputError
 from sharding.operands import Operand
-from sharding.ops import _global, _in_use
+from sharding.ops import in_use, used_globally
 from sharding.ordered import enter, ordered
 from sharding.region import current, names_of, tap
 from sharding.relayout import varying
@@ -60,10 +60,10 @@ def add(x: Array, names: str, w: Operand) -> Array:
     shape = lambda w: tuple(w.shape[of_w.index(n)] if n in of_w else 1 for n in words)
     region = current()
     if region is None or not region.manual:
-        whole = _global(region, w, x.dtype)
+        whole = used_globally(region, w, x.dtype)
         made = x + whole.reshape(shape(whole))
         return tap("add", words, made if region is None else region.constrain(made, region.dims(words)))
-    held, lies = _in_use(region, w, of_w, varying(x))
+    held, lies = in_use(region, w, of_w, varying(x))
     for d, n in enumerate(of_w):
         if (
             region.ordered(n)[0] is not None

@@ -50,7 +50,7 @@ def einsum(spec: str, *operands: Operand) -> Array:
     formula = _letters(terms, result)
     region = current()
     if region is None or region.mesh is None:
-        made = jnp.einsum(formula, *(_global(region, x, dtype) for x in operands))
+        made = jnp.einsum(formula, *(used_globally(region, x, dtype) for x in operands))
         return tap("einsum", result, _settle(region, made, result))
     ready = operands_of(region, spec, operands, dtype)
     if not region.manual:
@@ -76,9 +76,11 @@ def embed(table: Operand, ids: Array, names: str) -> Array:
     region = current()
     if region is None or not region.manual:
         return tap(
-            "embed", result, _settle(region, jnp.take(_global(region, table, None), ids, axis=0), result)
+            "embed",
+            result,
+            _settle(region, jnp.take(used_globally(region, table, None), ids, axis=0), result),
         )
-    held, dims = _in_use(region, table, (rows, width), varying(ids))
+    held, dims = in_use(region, table, (rows, width), varying(ids))
     wanted, lies = region.dims(result), region.dims(into)
     clash = set(dims[0]) | set(dims[1])
     dst = tuple(tuple(a for a in axes if a not in clash) for axes in lies)
@@ -102,10 +104,10 @@ def rms_norm(x: Array, scale: Operand, names: str, eps: float = 1e-6) -> Array:
     region = current()
     split: tuple[str, ...] = ()
     if region is None or not region.manual:
-        weight = _global(region, scale, None)
+        weight = used_globally(region, scale, None)
     else:
         split = region.dims(words)[-1]
-        held, lies = _in_use(region, scale, words[-1:], varying(x))
+        held, lies = in_use(region, scale, words[-1:], varying(x))
         weight = region.move(held, lies, (split,), varying(x))
 
     @jax.checkpoint
@@ -215,7 +217,7 @@ def _letters(terms: tuple[tuple[str, ...], ...], result: tuple[str, ...]) -> str
     return f"{left}->{''.join(letter[n] for n in result)}"
 
 
-def _global(region: Region | None, x: Operand, dtype: jnp.dtype | None) -> Array:
+def used_globally(region: Region | None, x: Operand, dtype: jnp.dtype | None) -> Array:
     """A parameter as the layer uses it on one device or under XLA's partitioner."""
     array = value(x, dtype)
     if region is None or not isinstance(x, nnx.Variable):
@@ -228,7 +230,7 @@ def _settle(region: Region | None, x: Array, names: tuple[str, ...]) -> Array:
     return x if region is None or region.manual else region.constrain(x, region.dims(names))
 
 
-def _in_use(region: Region, x: Operand, names: tuple[str, ...], beside: frozenset[str]) -> tuple[Array, Dims]:
+def in_use(region: Region, x: Operand, names: tuple[str, ...], beside: frozenset[str]) -> tuple[Array, Dims]:
     """An operand gathered from rest to its use, and that layout; `beside`: axes over which its neighbour varies."""
     rest, use = operand_lies(region, x, names)
     return region.move(value(x), rest, use, beside & split_axes(rest)) if rest != use else value(x), use
@@ -240,4 +242,15 @@ def _own_rows(ids: Array, axes: tuple[str, ...], rows: int) -> tuple[Array, Arra
     return local, (local >= 0) & (local < rows)
 
 
-__all__ = ["back", "cross_entropy", "einsum", "embed", "positions", "rms_norm", "token_losses", "whole"]
+__all__ = [
+    "back",
+    "cross_entropy",
+    "einsum",
+    "embed",
+    "in_use",
+    "positions",
+    "rms_norm",
+    "token_losses",
+    "used_globally",
+    "whole",
+]

@@ -23,24 +23,21 @@ def natural(region: Region, x: Array, dim: int, name: str) -> Array:
 
 def enter(region: Region, x: Array, names: tuple[str, ...]) -> Array:
     """An input, in its natural order when it enters the manual region, in the order that the rules lay it in."""
-    for dim in _has_order(region, names):
-        lies = region.dims(names)
-        whole = (*lies[:dim], (), *lies[dim + 1 :])
-        x = region.move(ordered(region, region.move(x, lies, whole), dim, names[dim]), whole, lies)
-    return x
+    return _each_dim(region, x, names, ordered)
 
 
 def leave(region: Region, x: Array, names: tuple[str, ...]) -> Array:
     """A result in its natural order, as it leaves the manual region."""
-    for dim in _has_order(region, names):
-        lies = region.dims(names)
-        whole = (*lies[:dim], (), *lies[dim + 1 :])
-        x = region.move(natural(region, region.move(x, lies, whole), dim, names[dim]), whole, lies)
+    return _each_dim(region, x, names, natural)
+
+
+def _each_dim(region: Region, x: Array, names: tuple[str, ...], turn: Callable[..., Array]) -> Array:
+    lies = region.dims(names)
+    for dim, name in enumerate(names):
+        if region.ordered(name)[0] is not None:
+            whole = (*lies[:dim], (), *lies[dim + 1 :])
+            x = region.move(turn(region, region.move(x, lies, whole), dim, name), whole, lies)
     return x
-
-
-def _has_order(region: Region, names: tuple[str, ...]) -> list[int]:
-    return [d for d, name in enumerate(names) if region.ordered(name)[0] is not None]
 
 
 def _taken(region: Region, x: Array, dim: int, name: str, of: Callable[[np.ndarray], np.ndarray]) -> Array:

@@ -30,6 +30,12 @@ def product(formula: str, a: Array, b: Array) -> Array:
     return _product(formula, region is None or region.platform == "cpu", a, b)
 
 
+def wide_product(formula: str, a: Array, b: Array) -> Array:
+    """`jnp.einsum(formula, a, b)` that is accumulated and kept in float32, or in float64 where the operands are."""
+    kept = jnp.float64 if a.dtype == jnp.float64 else jnp.float32
+    return jnp.einsum(formula, a, b, preferred_element_type=kept)
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _product(formula: str, cpu: bool, a: Array, b: Array) -> Array:
     return jnp.einsum(formula, a, b)

@@ -19,7 +19,7 @@ from jax import Array
 from jax.extend.core import get_opaque_trace_state
 from jax.sharding import Mesh, NamedSharding
 
-from sharding.layout import Dims, Layouts, ParamLayouts
+from sharding.layout import Dims, Layouts, ParamLayouts, spec_of
 from sharding.order import Order
 from sharding.partitioner import Auto, Manual, Partitioner
 from sharding.relayout import relayout, vary, varying
@@ -124,14 +124,9 @@ class Region:
 
     def constrain(self, x: Array, dims: Dims) -> Array:
         """XLA's partitioner: state where `x` lies."""
-        from sharding.layout import Layout
-
-        spec = Layout(("",) * len(dims), dims).spec()
-        return (
-            jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, spec))
-            if self.mesh is not None
-            else x
-        )
+        if self.mesh is None:
+            return x
+        return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, spec_of(dims)))
 
     def param(self, variable: nnx.Param) -> ParamLayouts:
         """Layouts of a parameter as the trace holds it: without the stacked dims that a scan has taken away."""

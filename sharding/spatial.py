@@ -18,7 +18,7 @@ from jax import Array, lax
 
 from sharding.contraction import parse
 from sharding.errors import InputError
-from sharding.layout import Dims, Layout
+from sharding.layout import Dims, spec_of
 from sharding.operands import Operand, operand_lies, operands_of
 from sharding.ops import einsum
 from sharding.region import Region, current, names_of, tap, value
@@ -244,15 +244,16 @@ def _island(
     partitioner, which is told where the result lies, by `out`. XLA's own partitioning of convolutions whose positions are
     split is wrong on CPU (the probe `convolution_split_positions`).
     """
-    spec = lambda dims: Layout(("",) * len(dims), dims).spec()
     over = frozenset(a for dims in moved for dim in dims for a in dim)
 
     def run(*shards: Array) -> Array:
         brought = (relayout(x, src, dst, over) for x, src, dst in zip(shards, lies, moved, strict=True))
         return local(*(vary(x, over) for x in brought))
 
-    placed = tuple(spec(dims) for dims in lies)
-    return jax.shard_map(run, mesh=region.mesh, in_specs=placed, out_specs=spec(out), check_vma=True)(*arrays)
+    placed = tuple(spec_of(dims) for dims in lies)
+    return jax.shard_map(run, mesh=region.mesh, in_specs=placed, out_specs=spec_of(out), check_vma=True)(
+        *arrays
+    )
 
 
 def _convolve(

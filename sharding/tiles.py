@@ -16,6 +16,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax import Array, lax
 
+from sharding.product import wide_product
 from sharding.relayout import vary, varying
 
 UNROLL_UP_TO = 4
@@ -57,7 +58,7 @@ def attend(state: Softmax, q: Array, k: Array, v: Array, pairs: Pairs, rows: int
         higher = jnp.maximum(top, scores.max(axis=-1, keepdims=True))
         e, kept = jnp.exp(scores - higher), jnp.exp(top - higher)
         total = total * kept + e.sum(axis=-1, keepdims=True)
-        o = o * kept + _product("bjnm,bjmk->bjnk", e.astype(v.dtype), _tile(v, j, keys))
+        o = o * kept + wide_product("bjnm,bjmk->bjnk", e.astype(v.dtype), _tile(v, j, keys))
         a, b, c = (_placed(x, new, i, rows) for x, new in zip(state, (o, higher, total), strict=True))
         return a, b, c
 
@@ -93,26 +94,21 @@ def attend_back(
         q_i, k_j, v_j = _tile(q, i, rows), _tile(k, j, keys), _tile(v, j, keys)
         do, mean, lse = (_tile(x, i, rows) for x in out)
         p = jnp.exp(_scores(q_i, k_j, pairs.bias, pair) - lse)
-        ds = (p * (_product("bjnk,bjmk->bjnm", do, v_j) - mean)).astype(k.dtype)
+        ds = (p * (wide_product("bjnk,bjmk->bjnm", do, v_j) - mean)).astype(k.dtype)
         dq, dk, dv = grads
         # dk and dv with head_dim first, transposed when they are small: no (rows, keys) array is (see causal.py).
         return (
-            _added(dq, _product("bjnm,bjmk->bjnk", ds, k_j), i, rows),
-            _added(dk, jnp.swapaxes(_product("bjnk,bjnm->bjkm", q_i, ds), 2, 3), j, keys),
-            _added(dv, jnp.swapaxes(_product("bjnk,bjnm->bjkm", do, p.astype(do.dtype)), 2, 3), j, keys),
+            _added(dq, wide_product("bjnm,bjmk->bjnk", ds, k_j), i, rows),
+            _added(dk, jnp.swapaxes(wide_product("bjnk,bjnm->bjkm", q_i, ds), 2, 3), j, keys),
+            _added(dv, jnp.swapaxes(wide_product("bjnk,bjnm->bjkm", do, p.astype(do.dtype)), 2, 3), j, keys),
         )
 
     return _over(pairs, one, grads)
 
 
 def _scores(q: Array, k: Array, bias: Bias | None, pair: tuple[Array, Array]) -> Array:
-    scores = _product("bjnk,bjmk->bjnm", q, k)
+    scores = wide_product("bjnk,bjmk->bjnm", q, k)
     return scores if bias is None else scores + bias(*pair).astype(scores.dtype)
-
-
-def _product(formula: str, a: Array, b: Array) -> Array:
-    """A product that is accumulated and kept in float32, or in float64 where the operands are."""
-    return jnp.einsum(formula, a, b, preferred_element_type=_wide(a.dtype))
 
 
 def _wide(kind: jnp.dtype) -> jnp.dtype:

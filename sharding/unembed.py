@@ -21,6 +21,7 @@ from sharding.errors import InputError
 from sharding.operands import operands_of
 from sharding.ops import einsum, token_losses
 from sharding.partitioner import Manual
+from sharding.product import wide_product
 from sharding.region import Region, current, enter, names_of, tap, value
 from sharding.relayout import vary, varying
 
@@ -83,7 +84,7 @@ class _How:
 
     def scores(self, x: Array, w: Array) -> Array:
         """Logits of some positions: x (..., positions, embed) -> (..., positions, columns held here), float32."""
-        return _product("...d,vd->...v" if self.turned else "...d,dv->...v", x, w)
+        return wide_product("...d,vd->...v" if self.turned else "...d,dv->...v", x, w)
 
 
 def _on_shards(
@@ -194,11 +195,11 @@ def _backward(how: _How, kept: tuple[Array, ...], above: tuple[Array, Array]) ->
         cut = lambda y: _cut(y, start, size, -1)[..., None]
         dz = jnp.exp(z - cut(partition)) * cut(both)
         dz = jnp.where(_is_label(z, _cut(labels, start, size, -1)), dz - cut(of_nats), dz).astype(x.dtype)
-        back = _product("...v,vd->...d" if how.turned else "...v,dv->...d", dz, w).astype(x.dtype)
+        back = wide_product("...v,vd->...d" if how.turned else "...v,dv->...d", dz, w).astype(x.dtype)
         dx = lax.dynamic_update_slice_in_dim(dx, back, start, x.ndim - 2)
         # (embed, column) whichever way the table lies: XLA:CPU copies the left operand, and the scores are the large one
         letters = "abcdefgh"[: x.ndim - 1]
-        return (dx, dw + _product(f"{letters}z,{letters}v->zv", rows, dz)), None
+        return (dx, dw + wide_product(f"{letters}z,{letters}v->zv", rows, dz)), None
 
     columns = w.shape[::-1] if how.turned else w.shape
     sums = vary(jnp.zeros(x.shape, x.dtype), union), vary(jnp.zeros(columns, partition.dtype), union)
@@ -210,12 +211,6 @@ def _backward(how: _How, kept: tuple[Array, ...], above: tuple[Array, Array]) ->
 
 
 _losses.defvjp(_forward, _backward)
-
-
-def _product(formula: str, a: Array, b: Array) -> Array:
-    """A product that is accumulated and kept in float32, or in float64 where the operands are."""
-    kept = jnp.float64 if a.dtype == jnp.float64 else jnp.float32
-    return jnp.einsum(formula, a, b, preferred_element_type=kept)
 
 
 def _is_label(z: Array, labels: Array) -> Array:
