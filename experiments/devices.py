@@ -85,16 +85,30 @@ def _check(p: Processes, devices: Devices) -> None:
         )
 
 
+MOST_PRETEND = 4096
+"""Pretend devices that one process starts: each has threads and buffers of its own (4096: some 3 s and 0.6 GB)."""
+
+
+def check_pretend(count: int, processes: int, name: str = "devices.count") -> None:
+    """InputError unless `count` pretend devices can be shared out over `processes` and started; `name`: what says so."""
+    if count % processes:
+        raise InputError(
+            f"{count} pretend devices cannot be split evenly over {processes} processes. Make {name} a multiple of "
+            f"{processes}, or start another number of processes."
+        )
+    if count > MOST_PRETEND * processes:
+        raise InputError(
+            f"{count} pretend devices over {processes} process(es) are more than the {MOST_PRETEND} that one process "
+            f"starts. Make {name} at most {MOST_PRETEND * processes}; `shardlab explain` starts none and takes any number."
+        )
+
+
 def _pretend(count: int, processes: int, keep_memory: bool) -> None:
     import jax
 
     from experiments.malloc import keep_freed_memory
 
-    if count % processes:
-        raise InputError(
-            f"{count} pretend devices cannot be split evenly over {processes} processes. Set devices.count to a "
-            f"multiple of {processes}."
-        )
+    check_pretend(count, processes)
     if keep_memory:
         keep_freed_memory()
     try:

@@ -107,7 +107,7 @@ class Transformer(nnx.Module):
     def entered(self, tokens: Array) -> Array:
         """The residual stream `batch length embed` before the first layer, in the activations' dtype."""
         c = self.config
-        x_BLD = embed(self.table, tokens, "batch length").astype(c.dtype)
+        x_BLD = embed(self.table, tokens, "batch length", jnp.dtype(c.dtype))
         return x_BLD * jnp.asarray(c.embed**0.5, x_BLD.dtype) if c.unembed == "tied" else x_BLD
 
     def logits(self, tokens: Array, *apart: Array) -> Array:

@@ -64,34 +64,33 @@ def einsum(spec: str, *operands: Operand) -> Array:
     return tap("einsum", result, finish(made, ready.plan.reduce, ready.plan.produced, ready.wanted))
 
 
-def embed(table: Operand, ids: Array, names: str) -> Array:
+def embed(table: Operand, ids: Array, names: str, dtype: jnp.dtype | None = None) -> Array:
     """Rows `ids` of a table whose dims are `vocab embed`; `names` are the dims of `ids`. Result: those and `embed`.
 
     With the vocabulary split, each device looks up the rows that it holds and the partial results are reduced
-    (Shoeybi et al. 2019, section 3). ids: integers in [0, vocab).
+    (Shoeybi et al. 2019, section 3). The table is cast to `dtype` (default: its own), which is the result's, before it
+    is gathered; the gradients of a row's uses are summed in float32. ids: integers in [0, vocab).
     """
     into = tuple(names.split())
     rows, width = names_of(table) or ("vocab", "embed")
     result = (*into, width)
     region = current()
     if region is None or not region.manual:
-        return tap(
-            "embed",
-            result,
-            _settle(region, jnp.take(used_globally(region, table, None), ids, axis=0), result),
-        )
-    held, dims = in_use(region, table, (rows, width), varying(ids))
+        held = used_globally(region, table, dtype)
+        taken = jnp.take(wide(held), ids, axis=0).astype(dtype or held.dtype)
+        return tap("embed", result, _settle(region, taken, result))
+    held, dims = in_use(region, table, (rows, width), varying(ids), dtype)
     wanted, lies = region.dims(result), region.dims(into)
     clash = set(dims[0]) | set(dims[1])
     dst = tuple(tuple(a for a in axes if a not in clash) for axes in lies)
     ids = region.move(ids, lies, dst, frozenset(clash))
     if dims[0]:
         ids, here = _own_rows(ids, dims[0], held.shape[0])
-        taken = jnp.take(held, jnp.clip(ids, 0, held.shape[0] - 1), axis=0, mode="clip")
-        taken = jnp.where(here[..., None], taken, jnp.zeros((), held.dtype))
+        taken = jnp.take(wide(held), jnp.clip(ids, 0, held.shape[0] - 1), axis=0, mode="clip")
+        taken = jnp.where(here[..., None], taken, jnp.zeros((), taken.dtype))
     else:
-        taken = jnp.take(held, ids, axis=0)
-    return tap("embed", result, finish(taken, dims[0], (*dst, dims[1]), wanted))
+        taken = jnp.take(wide(held), ids, axis=0)
+    return tap("embed", result, finish(taken.astype(dtype or held.dtype), dims[0], (*dst, dims[1]), wanted))
 
 
 def rms_norm(x: Array, scale: Operand, names: str, eps: float = 1e-6) -> Array:
@@ -230,10 +229,13 @@ def _settle(region: Region | None, x: Array, names: tuple[str, ...]) -> Array:
     return x if region is None or region.manual else region.constrain(x, region.dims(names))
 
 
-def in_use(region: Region, x: Operand, names: tuple[str, ...], beside: frozenset[str]) -> tuple[Array, Dims]:
+def in_use(
+    region: Region, x: Operand, names: tuple[str, ...], beside: frozenset[str], dtype: jnp.dtype | None = None
+) -> tuple[Array, Dims]:
     """An operand gathered from rest to its use, and that layout; `beside`: axes over which its neighbour varies."""
     rest, use = operand_lies(region, x, names)
-    return region.move(value(x), rest, use, beside & split_axes(rest)) if rest != use else value(x), use
+    held = value(x, dtype)
+    return region.move(held, rest, use, beside & split_axes(rest)) if rest != use else held, use
 
 
 def _own_rows(ids: Array, axes: tuple[str, ...], rows: int) -> tuple[Array, Array]:

@@ -28,6 +28,7 @@ from sharding.ledger import Collective, collectives
 from sharding.mesh import device_mesh
 from sharding.params import bind, declare, param, zeros
 from sharding.partitioner import Auto, Manual, Partitioner
+from sharding.proof.double import doubled
 from sharding.proof.meshes import axes_of
 from sharding.region import Region, Tap, enter
 from sharding.rule import Ask, Rule, Rules, also, rule
@@ -281,6 +282,32 @@ def assert_same(found: Trained, expected: Trained, bound: float) -> None:
     assert error <= bound, f"parameter {leaf} departs by {error:.2e}"
 
 
+def widened_arrays(tree: Any) -> Any:
+    """The floating-point NumPy arrays of a pytree in float64."""
+    return jax.tree.map(
+        lambda x: (
+            x.astype(np.float64) if isinstance(x, np.ndarray) and np.issubdtype(x.dtype, np.floating) else x
+        ),
+        tree,
+    )
+
+
+def in_double(
+    config: Any,
+    rules: Rules,
+    mesh: MeshShape,
+    partitioner: Partitioner = Manual(),  # noqa: B008 (a frozen value)
+) -> tuple[Trained, Trained]:
+    """What two updates of a split and of one device give, both in double."""
+    params, rows = widened_arrays((initial_params(config), batches(config, 2)))
+    wide = dataclasses.replace(config, dtype="float64") if hasattr(config, "dtype") else config
+    with jax.enable_x64(True):
+        one = train(make_step(wide, model=doubled(wide.build())), params, rows)
+        many = train(make_step(wide, rules, mesh, partitioner, model=doubled(wide.build())), params, rows)
+    assert all(g.dtype == np.float64 for g in many.gradients[0].values())
+    return many, one
+
+
 class Holder(nnx.Module):
     """A module that holds parameters and computes nothing: what a test calls an op with."""
 
@@ -409,3 +436,20 @@ def placements(draw: Any, activations: list[str], params: list[str], axes: tuple
     for k in range(len(axes)):
         made |= custom(compute=kth(compute, k), param=kth(rest, k, compute), activation=kth(used, k))
     return made
+
+
+def assert_like_one_device(
+    call: Callable[..., Any],
+    params: Mapping[str, Named],
+    inputs: Mapping[str, Named],
+    out: str,
+    rules: Rules,
+    mesh: MeshShape,
+    partitioner: Partitioner = Manual(),  # noqa: B008 (a frozen value)
+    bound: float = 4e-6,
+) -> None:
+    """Value and gradients of `call` (see `Through`) on the mesh are those of one device to `bound`."""
+    plain = Through(call, params, inputs, out).value_and_gradients()
+    found = Through(call, params, inputs, out, rules, mesh, partitioner).value_and_gradients()
+    error, leaf = worst(found, plain)
+    assert error < bound, (leaf or "value", error)

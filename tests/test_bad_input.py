@@ -6,6 +6,7 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import jax
 import pytest
 
 from experiments import devices
@@ -204,6 +205,15 @@ def test_more_devices_than_present(capsys: pytest.CaptureFixture[str]):
     words = ("--devices.kind", "present", "--devices.count", 9, "--mesh.data", 9)
     said = refused(capsys, "train", *words)
     assert "asks for 9 devices, but 8 are present" in said
+
+
+def test_more_pretend_devices_than_one_process_starts(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(jax, "devices", lambda *_: pytest.fail("a backend was started"))
+    said = refused(capsys, "train", "--devices.count", 100_000, "--mesh.data", -1)
+    assert "at most 4096" in said
+    assert "explain" in said
 
 
 @pytest.mark.parametrize(

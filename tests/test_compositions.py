@@ -21,7 +21,16 @@ from sharding.rules.fsdp import fsdp
 from sharding.rules.sequence import sequence
 from sharding.rules.tensor import tensor
 from sharding.rules.ulysses import ulysses
-from tests.support import Trained, assert_same, batches, initial_params, make_step, model_configs, train
+from tests.support import (
+    Trained,
+    assert_same,
+    batches,
+    in_double,
+    initial_params,
+    make_step,
+    model_configs,
+    train,
+)
 
 SPLIT = [a for a in AXES if a != "stage"]
 MESHES = [
@@ -72,6 +81,12 @@ def alone() -> Trained:
 )
 def test_a_composition_is_one_device(mesh: dict[str, int], alone: Trained) -> None:
     assert_same(trained(mesh, Manual()), alone, 1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", MESHES, ids=lambda m: " ".join(f"{a}{n}" for a, n in m.items()))
+def test_in_double_precision_only_rounding_is_left(mesh: dict[str, int]) -> None:
+    assert_same(*in_double(CONFIG, rules(mesh), MeshShape(**mesh)), 1e-12)
 
 
 @pytest.mark.slow

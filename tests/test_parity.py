@@ -46,6 +46,7 @@ from tests.support import (
     custom,
     departure,
     examples,
+    in_double,
     initial_params,
     load,
     make_step,
@@ -222,25 +223,6 @@ def test_evaluation_gives_the_same_global_sums(partitioner: Partitioner) -> None
 # Double precision: what is left is rounding, so nothing but the order of sums may differ.
 
 
-class Double:
-    """jax.numpy, in which float32 is float64."""
-
-    float32 = jnp.float64
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(jnp, name)
-
-
-def _double(config: Any) -> Any:
-    """A model whose parameters are float64."""
-    from flax import nnx
-
-    model = config.build()
-    for _, variable in nnx.to_flat_state(nnx.state(model, nnx.Param)):
-        variable.set_value(jax.ShapeDtypeStruct(variable.get_value().shape, jnp.float64))
-    return model
-
-
 @pytest.mark.parametrize(
     ("model", "case"),
     [
@@ -251,31 +233,10 @@ def _double(config: Any) -> Any:
         pytest.param("transformer", "fsdp context tensor", marks=pytest.mark.slow),
     ],
 )
-def test_in_double_precision_only_rounding_is_left(
-    model: str, case: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    single = oracle(MODELS[model], 2)
-    for module in (
-        sharding.attention,
-        sharding.causal,
-    ):  # attention says float32 where it means its own precision
-        monkeypatch.setattr(module, "jnp", Double())
-    monkeypatch.setattr(sharding.causal, "_products", jnp.einsum, raising=False)
-    config = MODELS[model]
-    if hasattr(config, "dtype"):
-        config = dataclasses.replace(config, dtype="float64")
-
-    def widen(x):
-        return x.astype(np.float64) if np.issubdtype(x.dtype, np.floating) else x
-
-    params = jax.tree.map(widen, initial_params(MODELS[model]))
-    rows = jax.tree.map(widen, batches(config, 2))
-    with jax.enable_x64(True):
-        one = train(make_step(config, model=_double(config)), params, rows)
-        many = train(make_step(config, *CASES[case], model=_double(config)), params, rows)
-    assert all(g.dtype == np.float64 for g in many.gradients[0].values())
+def test_in_double_precision_only_rounding_is_left(model: str, case: str) -> None:
+    many, one = in_double(MODELS[model], *CASES[case])
     assert_same(many, one, EXACT)
-    assert_same(single, one, 1e-4)  # and the float32 of above is the same model
+    assert_same(oracle(MODELS[model], 2), one, 1e-4)  # and the float32 of above is the same model
 
 
 @pytest.mark.slow

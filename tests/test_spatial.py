@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -26,7 +26,7 @@ from sharding.rules.data import data
 from sharding.rules.fsdp import fsdp
 from sharding.rules.spatial import spatial
 from sharding.spatial import convolution, halo, locally_connected, pool, windows
-from tests.support import Named, Through, custom, departure, placements, worst
+from tests.support import Named, Through, assert_like_one_device, custom, departure, placements
 
 BOUND = 4e-6
 """float32, relative to a leaf's largest entry: some 30 roundings."""
@@ -42,23 +42,6 @@ Call = Callable[..., Any]
 
 def normal(*shape: int) -> np.ndarray:
     return RANDOM.normal(size=shape).astype(np.float32)
-
-
-def check(
-    call: Call,
-    params: Mapping[str, Named],
-    inputs: Mapping[str, Named],
-    out: str,
-    rules: Rules,
-    mesh: MeshShape,
-    partitioner: Partitioner = Manual(),  # noqa: B008 (a frozen value)
-    bound: float = BOUND,
-) -> None:
-    """Value and gradients on the mesh are those of one device."""
-    plain = Through(call, params, inputs, out).value_and_gradients()
-    found = Through(call, params, inputs, out, rules, mesh, partitioner).value_and_gradients()
-    error, leaf = worst(found, plain)
-    assert error < bound, (leaf or "value", error)
 
 
 def mesh(**sizes: int) -> MeshShape:
@@ -209,7 +192,7 @@ QUICK = {("3x3", split) for split in SPLITS} | {(case, "data spatial fsdp") for 
     ],
 )
 def test_a_convolution_for_chosen_splits(case: str, split: str, partitioner: Partitioner) -> None:
-    check(*CASES[case], *SPLITS[split], partitioner)
+    assert_like_one_device(*CASES[case], *SPLITS[split], partitioner)
 
 
 DRAWN = (
@@ -227,7 +210,7 @@ DRAWN = (
 )
 def test_a_convolution_for_any_layouts(rules: Rules, partitioner: Partitioner) -> None:
     try:
-        check(*DRAWN, rules, MESH, partitioner)
+        assert_like_one_device(*DRAWN, rules, MESH, partitioner)
     except InputError as error:
         assert "splits a dim of the kernel's windows" in str(error)  # noqa: PT017 (any other is a failure)
 
@@ -240,7 +223,7 @@ def test_in_double_a_convolution_is_exact_to_rounding(partitioner: Partitioner) 
     call, params, inputs, out = CASES["5x3"]
     with jax.enable_x64(True):
         split = SPLITS["both sides"]
-        check(call, wide(params), wide(inputs), out, *split, partitioner, bound=EXACT)
+        assert_like_one_device(call, wide(params), wide(inputs), out, *split, partitioner, bound=EXACT)
 
 
 def refusal(call: Call, params: dict[str, Named], inputs: dict[str, Named], out: str, *split: Any) -> str:
@@ -269,7 +252,7 @@ def test_windows_that_do_not_lie_as_the_positions_do_are_refused() -> None:
     assert "lay its positions in the order ZigZag" in refusal(
         call, *named, "batch length embed", zigzag, mesh(context=2, tensor=2)
     )
-    check(
+    assert_like_one_device(
         call,
         *named,
         "batch length embed",
@@ -323,7 +306,7 @@ LOCAL_SPLITS = {k: SPLITS[k] for k in ("spatial", "tiles", "data spatial fsdp", 
 @pytest.mark.parametrize("partitioner", PARTITIONERS, ids=["manual", "auto"])
 @pytest.mark.parametrize("split", LOCAL_SPLITS)
 def test_a_local_layer_for_chosen_splits(split: str, partitioner: Partitioner) -> None:
-    check(*LOCAL, *LOCAL_SPLITS[split], partitioner)
+    assert_like_one_device(*LOCAL, *LOCAL_SPLITS[split], partitioner)
 
 
 @pytest.mark.parametrize("partitioner", PARTITIONERS, ids=["manual", "auto"])
@@ -334,7 +317,7 @@ def test_windows_are_the_positions_that_they_cover(partitioner: Partitioner) -> 
     padded = np.pad(arguments[2]["x"][1], [(0, 0), (0, 1), (0, 0), (0, 0)])
     want = np.stack([padded[:, i : i + 7 : 2, j::2] for i in range(3) for j in range(2)], axis=3)
     np.testing.assert_array_equal(Through(*arguments).value(), want.reshape(4, 4, 4, 3, 2, 4))
-    check(*arguments, *SPLITS["tiles"][:1], mesh(data=2, context=2), partitioner)
+    assert_like_one_device(*arguments, *SPLITS["tiles"][:1], mesh(data=2, context=2), partitioner)
 
 
 def test_a_kernel_without_its_positions_is_no_local_layer() -> None:
@@ -354,7 +337,9 @@ def test_pooling_tiles_the_image(kind: str, partitioner: Partitioner) -> None:
     call = lambda p, i: pool(i["x"], IMAGE, {"height": 2, "width": 3}, kind)  # type: ignore[arg-type]
     want = POOLS[kind](x.reshape(4, 4, 2, 2, 3, 4), axis=(2, 4))
     assert departure(Through(call, {}, {"x": (IMAGE, x)}, IMAGE).value(), want) < BOUND
-    check(call, {}, {"x": (IMAGE, x)}, IMAGE, both_dims(), mesh(data=2, context=4), partitioner)
+    assert_like_one_device(
+        call, {}, {"x": (IMAGE, x)}, IMAGE, both_dims(), mesh(data=2, context=4), partitioner
+    )
 
 
 def test_a_pool_that_crosses_devices_is_refused() -> None:
@@ -399,7 +384,7 @@ SEQUENCES = {
 def test_an_image_becomes_a_sequence_row_after_row(case: str, partitioner: Partitioner) -> None:
     want = SEQUENCE[2]["x"][1].reshape(8, 32, 4) + SEQUENCE[1]["places"][1]
     np.testing.assert_array_equal(Through(*SEQUENCE).value(), want)
-    check(*SEQUENCE, *SEQUENCES[case], partitioner)
+    assert_like_one_device(*SEQUENCE, *SEQUENCES[case], partitioner)
 
 
 def test_where_the_sequence_lies_as_the_image_nothing_moves() -> None:
@@ -489,7 +474,7 @@ def test_a_halo_that_is_not_the_neighbours_departs(
 ) -> None:
     monkeypatch.setattr(sharding.windows, "_from", fault)
     with pytest.raises(AssertionError):
-        check(*arguments, *SPLITS["spatial"])
+        assert_like_one_device(*arguments, *SPLITS["spatial"])
 
 
 def test_a_halo_from_the_wrong_side_departs(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -498,4 +483,4 @@ def test_a_halo_from_the_wrong_side_departs(monkeypatch: pytest.MonkeyPatch) -> 
         sharding.windows, "_from", lambda x, at, axes, wanted, side: right(x, at, axes, wanted, -side)
     )
     with pytest.raises(AssertionError):
-        check(*CASES["3x3"], *SPLITS["spatial"])
+        assert_like_one_device(*CASES["3x3"], *SPLITS["spatial"])

@@ -7,7 +7,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 from jax import Array, lax
 
@@ -17,7 +16,6 @@ from sharding.axes import MeshShape
 from sharding.errors import InputError
 from sharding.ledger import collectives, flops, per_axis
 from sharding.partitioner import Auto, Manual, Partitioner
-from sharding.proof.double import doubled
 from sharding.rule import Rules
 from sharding.rules.context import context
 from sharding.rules.data import data
@@ -28,9 +26,9 @@ from sharding.rules.tensor import tensor
 from sharding.rules.tensor2d import tensor2d
 from sharding.step import TrainStep
 from tests.support import (
-    Trained,
     assert_same,
     batches,
+    in_double,
     initial_params,
     make_step,
     model_configs,
@@ -52,23 +50,6 @@ def parity(config: Any, rules: Rules, mesh: MeshShape, partitioner: Partitioner,
     step = make_step(config, rules, mesh, partitioner)
     found = train(step, initial_params(config), batches(config, steps))
     assert_same(found, oracle(config, steps), BOUND)
-
-
-def in_double(
-    config: Any,
-    rules: Rules,
-    mesh: MeshShape,
-    partitioner: Partitioner = Manual(),  # noqa: B008 (a frozen value)
-) -> tuple[Trained, Trained]:
-    """One device and a split, both in double."""
-    widen = lambda x: x.astype(np.float64) if np.issubdtype(x.dtype, np.floating) else x
-    params, rows = jax.tree.map(widen, (initial_params(config), batches(config, 2)))
-    wide = dataclasses.replace(config, dtype="float64")
-    with jax.enable_x64(True):
-        one = train(make_step(wide, model=doubled(wide.build())), params, rows)
-        many = train(make_step(wide, rules, mesh, partitioner, model=doubled(wide.build())), params, rows)
-    assert all(g.dtype == np.float64 for g in many.gradients[0].values())
-    return many, one
 
 
 # key heads whole

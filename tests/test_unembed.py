@@ -46,6 +46,7 @@ from tests.support import (
     placements,
     start,
     train,
+    widened_arrays,
     worst,
 )
 
@@ -150,10 +151,7 @@ def test_for_any_layouts(rules: Rules, table: str, chunk: int, partitioner: Part
 
 @pytest.mark.parametrize("rules", [data() | fsdp() | tensor() | sequence(), TWO], ids=["tensor", "both ways"])
 def test_in_double_precision_only_rounding_is_left(rules: Rules) -> None:
-    params, inputs = jax.tree.map(
-        lambda x: x.astype(np.float64) if isinstance(x, np.ndarray) and x.dtype == np.float32 else x,
-        case("untied"),
-    )
+    params, inputs = widened_arrays(case("untied"))
     with jax.enable_x64(True):
         plain = Through(both(0), params, inputs, "batch length").value_and_gradients()
         found = Through(both(4), params, inputs, "batch length", rules, MESH).value_and_gradients()

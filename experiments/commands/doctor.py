@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from experiments import cli
+from experiments.devices import check_pretend
 from experiments.json_file import write_json
 from sharding.axes import nearest
 from sharding.errors import InputError
@@ -86,11 +87,8 @@ def _ordered(flags: Flags) -> tuple[Order, list[Probe]]:
         raise InputError(f"--devices is {flags.devices}, but it takes at least 1 pretend device.")
     if flags.processes < 1:
         raise InputError(f"--processes is {flags.processes}, but it takes at least 1.")
-    if flags.devices is not None and flags.devices % flags.processes:
-        raise InputError(
-            f"{flags.devices} pretend devices cannot be split evenly over {flags.processes} processes. Make --devices a "
-            f"multiple of {flags.processes}, or give --processes 1."
-        )
+    if flags.devices is not None:
+        check_pretend(flags.devices, flags.processes, "--devices")
     if not flags.limit > 0:
         raise InputError(f"--limit is {flags.limit}, but a check needs some seconds. Give it more than 0.")
     probes = catalogue(flags.probe)

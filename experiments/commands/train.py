@@ -21,7 +21,7 @@ class Flags:
     """Options of `shardlab train`."""
 
     json: Path | None = None
-    """Write the run's result to this file as one JSON document."""
+    """Write the run's result to this file as one JSON document; of several processes the first does."""
     resume: str = "never"
     """"latest" goes on with the newest run of this config's name, FOLDER with that run; "never" starts a new one."""
     runs: Path = Path("runs")
@@ -36,5 +36,8 @@ def main(argv: list[str]) -> int:
     from experiments.training import train
 
     result = train(experiment, origin, flags.resume, flags.runs, flags.processes)
-    write_json(flags.json, asdict(result))
+    import jax
+
+    if jax.process_index() == 0:  # the others would write the same file at the same time
+        write_json(flags.json, asdict(result))
     return EXIT_CODES[result.stopped]
