@@ -74,13 +74,13 @@ class _Inside:
     """What listens in the body of a scan: adds the zeros that it was given and keeps the results."""
 
     def __init__(self, zeros: list[Array | None] | None):
-        self.zeros = zeros
+        self.zeros = None if zeros is None else iter(zeros)
         self.taps: list[Tap] = []
         self.values: list[Array] = []
 
     def zero(self, tap: Tap) -> Array | None:
-        """The zero for the next result."""
-        return None if self.zeros is None else self.zeros[len(self.values)]
+        """The zero for the next result. Layers within a layer ask for all of theirs before the first is heard."""
+        return None if self.zeros is None else next(self.zeros)
 
     def hear(self, tap: Tap, x: Array) -> None:
         """Keep a result."""
