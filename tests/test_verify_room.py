@@ -132,6 +132,25 @@ def test_a_parameter_that_is_never_updated_departs_where_something_casts(
     assert outcome.departure.phase == "update"
 
 
+def test_a_parameter_that_is_never_updated_departs_however_coarse_the_rounding() -> None:
+    """The updates of AdamW in a narrow type: of a few entries in a hundred rounding alone makes the sign."""
+    draw = np.random.default_rng(0)
+    before, signs = draw.normal(size=4096), draw.choice([-1.0, 1.0], 4096)
+
+    def updated(wrong: float) -> dict[str, np.ndarray]:
+        return {"w": before + 1e-3 * np.where(draw.random(4096) < wrong, -signs, signs)}
+
+    exact, single, split = updated(0.0), updated(0.03), updated(0.03)
+    budget, moved = Budget(terms=64), {"w": 1e-3}
+    (right,) = budget.compare("parameter", split, single, exact, moved)
+    (never,) = budget.compare("parameter", {"w": before}, single, exact, moved)
+    (other,) = budget.compare("parameter", {"w": before - 1e-3 * signs}, single, exact, moved)
+    assert [right.departs, never.departs, other.departs] == [False, True, True]
+    noise = updated(0.5)  # nothing but rounding: another sign in every other entry
+    (arbitrary,) = budget.compare("parameter", updated(0.5), noise, exact, moved)
+    assert not arbitrary.departs
+
+
 def test_the_first_updates_metrics_have_no_room_for_what_the_optimizer_casts(
     monkeypatch: pytest.MonkeyPatch, opened: Opened
 ) -> None:

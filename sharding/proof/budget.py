@@ -17,7 +17,9 @@ A model or an optimizer that computes in a narrower type of its own does so in d
 rounding, and the budget of the arrays that come after it is MARGIN x that type's unit at least. Of a parameter that is a
 part of what the updates made of it, not of its own size, or one that is never updated would pass.
 
-No gradient may be off by more than HALF of its scale: zeros in its place are off by all of it, a factor of two as well.
+No gradient may be off by more than HALF of its scale: zeros in its place are off by all of it, a factor of two as well. No
+parameter may be off by more than PLAIN of what the updates made of it, for then it was not updated; but where one device
+itself is off by more than HALF of that, the updates are nothing but rounding and nothing is said of them.
 """
 
 from __future__ import annotations
@@ -39,7 +41,8 @@ HALF = 0.5
 """What a gradient may be off by at most. A budget of measured rounding that is larger cannot tell right from wrong up to
 PLAIN: such an error is too coarse to judge."""
 PLAIN = 0.9
-"""An error of a gradient from which on it is wrong whatever the rounding: zeros, a factor of two, another sign."""
+"""An error of a gradient, or of an update, from which on it is wrong whatever the rounding: zeros, a factor of two, another
+sign."""
 MOST = {"float32": 1e-2, "bfloat16": 0.5}
 """Rounding of one device, relative to an array's scale, above which it is no rounding: a budget made of it would pass
 anything."""
@@ -128,6 +131,8 @@ class Budget:
                 error = norm(_wide(mine) - _wide(right)) / scales[p] if np.isfinite(mine).all() else math.inf
                 part = 1.0 if moved is None else moved[p] / scales[p]
                 room = self.room(kind, max(noise[p], usual), part)
+                if moved is not None and noise[p] <= HALF * part:
+                    room = min(room, PLAIN * part)
                 allowed = min(room, HALF) if kind == "gradient" else room
                 made.append(Compared(kind, p, error, allowed, scales[p], allowed < error <= min(room, PLAIN)))
         return made
