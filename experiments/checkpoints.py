@@ -32,7 +32,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from experiments.agreement import said_by_all
+from experiments.agreement import first_says, said_by_all
 from experiments.checkpoint_folder import UNFINISHED, damaged, lock, missing, probe, seal, sealed_steps, sync
 from experiments.checkpoint_orbax import first_line, manager
 from experiments.checkpoint_tidying import clear, retire, tidy
@@ -101,12 +101,12 @@ class CheckpointStore:
 
     def latest(self) -> int | None:
         """The newest sealed step or None; several processes all get what process 0 sees (a collective)."""
-        newest = self._as_first_sees(max(self.steps(), default=-1))
+        newest = first_says(max(self.steps(), default=-1))
         return None if newest < 0 else newest
 
     def has(self, step: int) -> bool:
         """Whether ``step`` is sealed as process 0 sees it (a collective), or being saved by this store."""
-        return step == self._saving or bool(self._as_first_sees(int(not missing(self.folder / str(step)))))
+        return step == self._saving or bool(first_says(int(not missing(self.folder / str(step)))))
 
     def save(self, step: int, state: Any, meta: Mapping[str, Any]) -> float:
         """Start saving ``state`` as ``step``; returns the seconds for which the caller was blocked.
@@ -220,15 +220,6 @@ class CheckpointStore:
             if self._lock is not None:
                 os.close(self._lock)
                 self._lock = None
-
-    def _as_first_sees(self, number: int) -> int:
-        """Process 0's number: a shared file system may show the others a step later."""
-        if self._place[1] == 1:
-            return number
-        import numpy as np
-        from jax.experimental import multihost_utils
-
-        return int(multihost_utils.broadcast_one_to_all(np.int32(number)))
 
     def _orbax(self) -> Any:
         """The CheckpointManager, made at the first need: Orbax takes a second or more to import."""

@@ -206,8 +206,20 @@ def by_line(jaxpr: Any, times: int, outer: str) -> Counter[str]:
     return found
 
 
-@pytest.mark.parametrize("name", models())
-@pytest.mark.parametrize(("rules", "mesh"), SPLITS, ids=repr)
+@pytest.mark.parametrize(
+    ("rules", "mesh", "name"),
+    [
+        # Every split on the richest model and every model under some splits; the rest are slow only because they are many.
+        pytest.param(
+            *split,
+            name,
+            marks=[] if name == "transformer-scanned" or (at + by) % 4 == 0 else pytest.mark.slow,
+        )
+        for at, split in enumerate(SPLITS)
+        for by, name in enumerate(models())
+    ],
+    ids=repr,
+)
 def test_shipped_rules_on_shipped_models_waste_nothing_but_what_flops_prove(
     name: str, rules: Rules, mesh: dict[str, int]
 ) -> None:

@@ -113,6 +113,7 @@ def test_one_process_alone_measures_the_held_out_text_and_tells_the_others(
         assert all("bits_per_byte" in r.values for r in told if r.kind == "eval")
 
 
+@pytest.mark.slow
 def test_two_processes_of_two_devices_agree_with_one_of_four_to_rounding(home: Path):
     alone, _ = launch(home, "alone4", 1, *FOUR, "--sample.tokens", 0)
     both, _ = launch(home, "both4", 2, *FOUR, "--sample.tokens", 0)

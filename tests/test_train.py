@@ -136,7 +136,12 @@ def test_the_runs_own_config_gives_the_same_losses(
 
 
 @pytest.mark.parametrize(
-    ("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGKILL, -9)]
+    ("number", "code"),
+    [
+        (signal.SIGTERM, 143),
+        pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow),
+        (signal.SIGKILL, -9),
+    ],
 )
 def test_a_stopped_run_goes_on_bit_for_bit(
     whole: tuple[Path, str], home: Path, number: signal.Signals, code: int
