@@ -39,7 +39,7 @@ from hand_written_attention import attention
 from jax import lax
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from workload import Sizes, initial_weights, keep_freed_memory, sample_batch
+from workload import Sizes, Training, initial_weights, keep_freed_memory, sample_batch
 
 Split = Literal["one", "data", "fsdp", "tensor"]
 SPLITS: tuple[Split, ...] = ("one", "data", "fsdp", "tensor")
@@ -115,7 +115,7 @@ def loss_fn(w: Weights, batch: dict[str, jax.Array], sizes: Sizes, hold: Hold, t
     return jnp.mean(jax.nn.logsumexp(logits, axis=-1) - jnp.where(hit, logits, 0.0).sum(axis=-1))
 
 
-def optimizer(sizes: Sizes) -> optax.GradientTransformation:
+def optimizer(sizes: Training) -> optax.GradientTransformation:
     """Clip by global norm, then AdamW (warm-up from 0, cosine to floor * peak); decay on matrices only."""
     schedule = optax.warmup_cosine_decay_schedule(
         0.0, sizes.peak, sizes.warmup, sizes.steps, sizes.floor * sizes.peak
@@ -135,12 +135,12 @@ TENSOR_DIM = {"query": 1, "key": 1, "value": 1, "output": 0, "gate_up": 2, "down
 
 def held(weights: dict[str, Any]) -> dict[str, Any]:
     """The workload's weights as this step holds them: gate and up of a layer as one array, (embed, 2, mlp), so that no
-    step has to join them on every device.
+    step has to join them on every device; of experts (experts, embed, 2, mlp).
     """
     kept = {name: x for name, x in weights.items() if not name.endswith((".gate", ".up"))}
     layers = [name.removesuffix(".gate") for name in weights if name.endswith(".gate")]
     return kept | {
-        f"{layer}.gate_up": np.stack([weights[f"{layer}.gate"], weights[f"{layer}.up"]], axis=1)
+        f"{layer}.gate_up": np.stack([weights[f"{layer}.gate"], weights[f"{layer}.up"]], axis=-2)
         for layer in layers
     }
 
@@ -157,6 +157,16 @@ def weight_spec(split: Split, name: str, shape: tuple[int, ...]) -> P:
         dims[-1 if last in ("output", "down", "embedding") else 0] = "data"
         return P(*dims)
     return P()
+
+
+def layouts(state: Any, at_rest: dict[str, NamedSharding], whole: NamedSharding) -> Any:
+    """Moments lie as their weights, scalars everywhere: an optimizer leaf's last dict key is a weight's name."""
+
+    def one(path: tuple[Any, ...], _: Any) -> NamedSharding:
+        keys = [k.key for k in path if isinstance(k, jax.tree_util.DictKey) and k.key in at_rest]
+        return at_rest[keys[-1]] if keys else whole
+
+    return jax.tree_util.tree_map_with_path(one, state)
 
 
 def build(
@@ -191,15 +201,6 @@ def build(
     def init(w: Weights) -> State:
         return {"weights": w, "optimizer": transform.init(w)}
 
-    def layouts(state: Any) -> Any:
-        """Moments lie as their weights, scalars everywhere: an optimizer leaf's last dict key is a weight's name."""
-
-        def one(path: tuple[Any, ...], _: Any) -> NamedSharding:
-            keys = [k.key for k in path if isinstance(k, jax.tree_util.DictKey) and k.key in at_rest]
-            return at_rest[keys[-1]] if keys else whole
-
-        return jax.tree_util.tree_map_with_path(one, state)
-
     def train(state: State, batch: dict[str, jax.Array]) -> tuple[State, jax.Array]:
         loss, grads = jax.value_and_grad(lambda w: loss_fn(use(w), batch, sizes, hold, split == "tensor"))(
             state["weights"]
@@ -208,12 +209,10 @@ def build(
         return {"weights": optax.apply_updates(state["weights"], updates), "optimizer": opt}, loss
 
     placed = {name: jax.device_put(jnp.asarray(x), at_rest[name]) for name, x in weights.items()}
-    shapes = jax.eval_shape(init, placed)
+    lies = layouts(jax.eval_shape(init, placed), at_rest, whole)
     # `copy` so that a donated state never consumes the caller's own arrays.
-    state = jax.jit(lambda w: jax.tree.map(jnp.copy, init(w)), out_shardings=layouts(shapes))(placed)
-    step = jax.jit(
-        train, donate_argnums=0, in_shardings=(layouts(shapes), rows), out_shardings=(layouts(shapes), whole)
-    )
+    state = jax.jit(lambda w: jax.tree.map(jnp.copy, init(w)), out_shardings=lies)(placed)
+    step = jax.jit(train, donate_argnums=0, in_shardings=(lies, rows), out_shardings=(lies, whole))
     return step, state, lambda batch: jax.device_put(batch, rows)
 
 

@@ -15,7 +15,7 @@ from typing import Any
 from workload import Sizes
 
 HERE = Path(__file__).resolve().parent
-Build = Callable[[str, Sizes], tuple[Any, Any, Any]]
+Build = Callable[[str, Sizes], tuple[Any, ...]]
 
 
 def start_up(rounds: int) -> dict[str, Any]:
@@ -53,11 +53,12 @@ TORCH = {"eager": "one", "ddp": "data2", "fsdp": "fsdp2"}
 def torch_ratios(python: str, build: Build, rounds: int, steps: int = 8) -> list[dict[str, Any]]:
     """Per mode: medians of both programs, each timed `rounds` times in turn, `steps` steps a time after a warm-up.
 
-    `build(split, sizes)` gives shardlab's compiled step, state and batch; `python` an interpreter with torch.
+    `build(split, sizes)` gives shardlab's jitted step, state and batch; `python` an interpreter with torch.
     """
     found = []
     for mode, split in TORCH.items():
-        compiled, state, batch = build(split, Sizes())
+        step, state, batch = build(split, Sizes())
+        compiled = step.lower(state, batch).compile()
         seconds: dict[str, list[float]] = {"torch": [], "shardlab": []}
         losses: list[float] = []
         other: dict[str, Any] = {}

@@ -51,7 +51,8 @@ def _step(
 
     model = experiment.model.build() if model is None else model
     layouts = Layouts(experiment.rules, shape.sizes())
-    split = Split(layouts, mesh, by, experiment.accumulate, platform)
+    memory: Any = getattr(experiment.optimizer, "memory", "device")  # an optimizer need not know of another
+    split = Split(layouts, mesh, by, experiment.accumulate, platform, memory)
     optimizer = experiment.optimizer.build(experiment.steps, matrices(declare(model)))
     made = TrainStep(model, optimizer, split, clip=experiment.optimizer.largest_norm())
     check_batch(experiment, made)

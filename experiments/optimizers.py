@@ -37,6 +37,9 @@ class AdamW:
     """Fraction of a parameter taken off per unit of learning rate, from matrices; scales and biases do not decay."""
     mean_dtype: Literal["float32", "bfloat16"] = "float32"
     """Type in which the mean of the gradient is kept between steps; bfloat16 takes a quarter off the optimizer's state."""
+    memory: Literal["device", "host"] = "device"
+    """Where both means lie between steps: "host" frees 8 bytes a parameter on the devices and moves them to and fro each
+    step, which their link has to carry (docs/memory.md)."""
     clip: float = field(default=1.0, metadata={"infinite": "no clipping"})
     """Largest norm of the gradient over all parameters together; inf leaves it as it is."""
 
@@ -58,6 +61,7 @@ class AdamW:
             ("eps", 0 < self.eps < math.inf, "above 0"),
             ("weight_decay", 0 <= self.weight_decay < math.inf, "at least 0"),
             ("mean_dtype", self.mean_dtype in ("float32", "bfloat16"), "'float32' or 'bfloat16'"),
+            ("memory", self.memory in ("device", "host"), "'device' or 'host'"),
             ("clip", self.clip > 0, "above 0 (inf: no clipping)"),
         ):
             if not holds:

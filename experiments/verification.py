@@ -55,6 +55,13 @@ def cases(
     own = [] if meshes else [m for m in legal if m.sizes() == experiment.mesh.sizes()]
     ordered = [*own, *(m for m in legal if m not in own)]
     by = list(partitioners) or ([Auto()] if isinstance(model, Foreign) else [_manual(experiment), Auto()])
+    for p in by:
+        if isinstance(p, Manual) and p.products != "none":
+            raise InputError(
+                f"verify holds a split to the rounding of its types, but {p!r} rounds operands on purpose: where float noise "
+                f"tips one of them, a whole step of {p.products} is between two right answers. Verify the same rules and "
+                f"meshes with --partitioner manual; that scales do not depend on the mesh is tested (docs/memory.md)."
+            )
     return [Case(mesh, p) for mesh in ordered for p in by]
 
 

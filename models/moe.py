@@ -54,17 +54,17 @@ class Mixture(nnx.Module):
             sums["dropped"] = einsum("batch length, batch length -> batch", dropped(seats), weights_BL)
         return (made_BLD + self.shared(x_BLD) if c.shared else made_BLD), sums
 
-    def experts(self, x_BESD: Array) -> Array:
+    def experts(self, x_EBSD: Array) -> Array:
         """Every expert over its slots."""
         both = einsum(
-            "batch expert slots embed, expert embed gates mlp -> batch expert slots gates mlp",
-            x_BESD,
+            "expert batch slots embed, expert embed gates mlp -> expert batch slots gates mlp",
+            x_EBSD,
             self.gate_up,
         )
         # Computed again for the backward pass: elementwise, from what is kept anyway.
-        hidden_BESF = checkpoint(lambda both: nn.silu(both[:, :, :, 0]) * both[:, :, :, 1])(both)
+        hidden_EBSF = checkpoint(lambda both: nn.silu(both[:, :, :, 0]) * both[:, :, :, 1])(both)
         return einsum(
-            "batch expert slots mlp, expert mlp embed -> batch expert slots embed", hidden_BESF, self.down
+            "expert batch slots mlp, expert mlp embed -> expert batch slots embed", hidden_EBSF, self.down
         )
 
     def expert(self, rows: Array, product: Product) -> Array:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from sharding.errors import InputError
+from sharding.remat import parse_remat
 
 if TYPE_CHECKING:
     from models.transformer import Transformer
@@ -34,8 +35,9 @@ class TransformerConfig:
     """Tokens of one example."""
     unembed: Literal["untied", "tied"] = "untied"
     """Whether the output projection has weights of its own or is the token table ("tied")."""
-    remat: Literal["none", "dots", "full"] = "none"
-    """What the backward pass finds kept, see `sharding.layers.layers`."""
+    remat: str = "none"
+    """What the backward pass finds kept: none, dots, full, or by name, as "save:attention,mlp offload:project" (the results of
+    these ops or with these dims, on the devices or in host memory), see `sharding.remat`."""
     loop: Literal["auto", "scan", "unroll"] = "auto"
     """How the layers are compiled, see `sharding.layers.layers`."""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -53,6 +55,7 @@ class TransformerConfig:
     the batch then has `segments` and `positions` as well."""
 
     def __post_init__(self) -> None:
+        parse_remat(self.remat)
         if self.documents not in ("run on", "packed"):
             raise InputError(
                 f"The transformer has documents={self.documents!r}, but they are 'run on' or 'packed'. Set model.documents."

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from sharding.errors import InputError
+from sharding.remat import parse_remat
 
 if TYPE_CHECKING:
     from models.vit import ViT
@@ -37,10 +38,12 @@ class ViTConfig:
     """Hidden features of the feed-forward layer."""
     classes: int = 10
     """Classes to tell apart."""
-    remat: Literal["none", "dots", "full"] = "none"
-    """What the backward pass finds kept, see `sharding.layers.layers`."""
+    remat: str = "none"
+    """What the backward pass finds kept: none, dots, full, or by name, as "save:attention,mlp offload:project" (the results of
+    these ops or with these dims, on the devices or in host memory), see `sharding.remat`."""
 
     def __post_init__(self) -> None:
+        parse_remat(self.remat)
         sizes = "height width channels patch layers embed heads kv_heads head_dim mlp classes"
         for name in sizes.split():
             if getattr(self, name) < 1:

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from sharding.marks import mark
 from sharding.product import wide_product
 from sharding.region import wide
 
@@ -44,8 +45,8 @@ def _forward(q: Array, k: Array, v: Array) -> tuple[Array, tuple[Any, ...]]:
         out.append(wide_product("bjnm,bjmk->bjnk", e, v[:, :, :stop]) / total)
         powers.append(e)
         totals.append(total)
-    o = jnp.concatenate(out, axis=2)
-    kept = (q, k, v, o, jnp.concatenate(totals, axis=2), tuple(powers))
+    o, sums = (mark(jnp.concatenate(parts, axis=2), "attention") for parts in (out, totals))
+    kept = (q, k, v, o, sums, tuple(powers))
     return by_position(o, heads).astype(q.dtype), kept
 
 

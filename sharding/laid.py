@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +11,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from sharding.layout import Layout, Layouts, ParamLayouts
+from sharding.marks import HOST, require_host
 from sharding.params import Model, ParamSpec, declare
 from sharding.partitioner import Manual, Partitioner
 from sharding.signed import rates, signed
@@ -29,6 +30,9 @@ class Split:
     accumulate: int = 1
     platform: str = ""
     """The platform to trace for ("cpu", "gpu", "tpu"); "" takes that of the mesh's devices."""
+    moments: Literal["device", "host"] = "device"
+    """Where the optimizer's arrays lie between updates: "host" is the memory of the host that a device reads by itself. An
+    update brings them to the devices and puts them back. Without a mesh they are on the one device all the same."""
 
     def target(self) -> str:
         """The platform that the step is for."""
@@ -40,6 +44,8 @@ class Laid:
 
     def __init__(self, model: Model, optimizer: optax.GradientTransformation, split: Split):
         self.model, self.split = model, split
+        if split.moments == "host":
+            require_host(split.mesh, "An optimizer with memory='host'")
         self.optimizer = signed(optimizer, rates(model))
         self.tree: dict[str, ParamSpec] = declare(model)
         self.layouts: dict[str, ParamLayouts] = {
@@ -73,22 +79,35 @@ class Laid:
         return state if self.split.mesh is None else jax.tree.map(put, state, self.state_shardings())
 
     def state_shardings(self) -> Any:
-        """Where each leaf of the state lies: parameters at rest, optimizer state by its own role."""
+        """Where each leaf of the state lies: parameters at rest, optimizer state by its own role and in its memory."""
         if self.split.mesh is None:
             return None
-        whole = NamedSharding(self.split.mesh, PartitionSpec())
+        return {
+            "params": {p: self.sharding(x.param) for p, x in self.layouts.items()},
+            "optimizer": self.moment_shardings(HOST if self.split.moments == "host" else ""),
+            "step": NamedSharding(self.split.mesh, PartitionSpec()),
+        }
+
+    def moment_shardings(self, memory: str) -> Any:
+        """Where each leaf of the optimizer's state lies, its arrays in this memory; counts are always on the devices.
+
+        memory: a kind of memory as jax has it, or "" for that which arrays lie in anyway.
+        """
         abstract = {p: s.abstract() for p, s in self.tree.items()}
 
         def lies(keys: tuple[Any, ...], leaf: Any) -> NamedSharding | None:
             """Where a leaf is an array like a parameter, that parameter's layout; factored moments and counts whole."""
             path = next((k.key for k in reversed(keys) if isinstance(k, jax.tree_util.DictKey)), "")
             like = path in self.tree and leaf.shape == self.tree[path].shape
-            return self.sharding(self.layouts[path].optimizer) if like else whole
+            found = self.sharding(self.layouts[path].optimizer if like else Layout((), ()))
+            return found.with_memory_kind(memory) if found and memory and leaf.ndim else found
 
-        moments = jax.eval_shape(self.optimizer.init, abstract)
-        optimizer = jax.tree_util.tree_map_with_path(lies, moments)
-        return {
-            "params": {p: self.sharding(x.param) for p, x in self.layouts.items()},
-            "optimizer": optimizer,
-            "step": whole,
-        }
+        return jax.tree_util.tree_map_with_path(lies, jax.eval_shape(self.optimizer.init, abstract))
+
+    def fetched(self, moments: Any) -> Any:
+        """The optimizer's state on the devices, for an update."""
+        if self.split.mesh is None or self.split.moments == "device":
+            return moments
+        return jax.tree.map(
+            lambda x, to: jax.device_put(x, to) if x.ndim else x, moments, self.moment_shardings("device")
+        )

@@ -13,13 +13,14 @@ from jax.ad_checkpoint import checkpoint_policies
 from sharding import heard
 from sharding.accumulate import zero_like
 from sharding.errors import InputError
+from sharding.marks import check_words, marks, policy, require_host
 from sharding.params import bind, values
 from sharding.partitioner import Manual
 from sharding.region import current
 from sharding.relayout import drops_gathered, varying
+from sharding.remat import Remat, parse_remat
 
 C = TypeVar("C")
-Remat = Literal["none", "dots", "full"]
 Loop = Literal["auto", "scan", "unroll"]
 
 UNROLL_UP_TO = 8
@@ -27,13 +28,15 @@ UNROLL_UP_TO = 8
 
 
 def layers(
-    block: nnx.Module, x: Array, remat: Remat = "none", loop: Loop = "auto", beside: tuple[Array, ...] = ()
+    block: nnx.Module, x: Array, remat: str = "none", loop: Loop = "auto", beside: tuple[Array, ...] = ()
 ) -> Array:
     """Run a stacked block (`sharding.params.stack`) over its layers: `x` goes through `block(x, *beside)` once a layer.
 
     remat: what the backward pass finds kept: "none" everything it needs, "dots" products of parameters and activations
-    only, "full" each layer's input only. Parameters that were gathered for use are gathered again when the region's
-    partitioner says `Manual(gathered="regather")`, except in layers unrolled on CPU, where XLA merges both gathers.
+    only, "full" each layer's input only, "save:attention,mlp" the results of these ops or with these dims,
+    "offload:project" the same in host memory (`sharding.remat.Remat`). Parameters that were gathered for use are gathered
+    again by every policy but "none", and by that when the region's partitioner says `Manual(gathered="regather")`, except in
+    layers unrolled on CPU, where XLA merges both gathers.
     loop: "scan" compiles one layer, "unroll" all of them, "auto" unrolls few layers on CPU.
     beside: what every layer is given as it is.
     """
@@ -41,7 +44,7 @@ def layers(
 
 
 def layers_and_sums(
-    block: nnx.Module, x: Array, remat: Remat = "none", loop: Loop = "auto", beside: tuple[Array, ...] = ()
+    block: nnx.Module, x: Array, remat: str = "none", loop: Loop = "auto", beside: tuple[Array, ...] = ()
 ) -> tuple[Array, dict[str, Array]]:
     """`layers` of a block that returns `(x, sums)`, a mapping of arrays beside the activation: also their sums over layers."""
     region = current()
@@ -62,10 +65,9 @@ def layers_and_sums(
     return _run(block, (x, {name: zero_like(s) for name, s in alike.items()}), call, x, remat, loop)
 
 
-def _run(block: nnx.Module, carry: C, call: Callable[[Any, C], C], x: Array, remat: Remat, loop: Loop) -> C:
+def _run(block: nnx.Module, carry: C, call: Callable[[Any, C], C], x: Array, remat: str, loop: Loop) -> C:
     """`carry` through `call(block, carry)` once a layer; `x` is the activation in it."""
-    if remat not in ("none", "dots", "full"):
-        raise InputError(f"The remat policy {remat!r} does not exist. The policies are none, dots and full.")
+    kept = parse_remat(remat)
     stacked = _whole_stack(block, x)
     depth = next(iter(stacked.values())).shape[0]
     region = current()
@@ -79,9 +81,19 @@ def _run(block: nnx.Module, carry: C, call: Callable[[Any, C], C], x: Array, rem
             else heard.unrolled(region, layer, carry, stacked)
         )
     # XLA:CPU drops the barriers that keep two gathers of one array apart: unrolled, it merges them whatever we write.
-    body = _remat(layer, remat, block, regather=scanned or not cpu)
+    body = _remat(layer, kept, block, regather=scanned or not cpu)
+    with marks() as made:
+        carry = _through(body, carry, stacked, scanned)
+    check_words(kept, made, type(block).__name__)
+    return carry
+
+
+def _through(
+    body: Callable[[C, dict[str, Array]], C], carry: C, stacked: dict[str, Array], scanned: bool
+) -> C:
     if scanned:
         return lax.scan(lambda carry, held: (body(carry, held), None), carry, stacked)[0]
+    depth = next(iter(stacked.values())).shape[0]
     # lax.split, because its transpose is one concatenate; that of `depth` slices is `depth` padded sums
     parts = {path: lax.split(array, (1,) * depth, 0) for path, array in stacked.items()}
     for at in range(depth):
@@ -108,9 +120,14 @@ def _whole_stack(block: nnx.Module, x: Array) -> dict[str, Array]:
 
 
 def _remat(body: Callable[..., C], remat: Remat, block: nnx.Module, regather: bool) -> Callable[..., C]:
-    if remat == "full":
+    if remat.parts:
+        if remat.offloads:
+            region = current()
+            require_host(region.mesh if region else None, f"remat={remat.text!r}")
+        return jax.checkpoint(body, policy=policy(remat))
+    if remat.text == "full":
         return jax.checkpoint(body)
-    if remat == "dots":
+    if remat.text == "dots":
         return jax.checkpoint(body, policy=checkpoint_policies.dots_with_no_batch_dims_saveable)
     if not (regather and _regathers(block)):
         return body

@@ -31,7 +31,7 @@ KINDS = {
 """jax primitive -> the collective it is."""
 
 
-PRODUCTS = ("dot_general", "conv_general_dilated")
+PRODUCTS = ("dot_general", "conv_general_dilated", "ragged_dot_general")
 """jax primitives whose FLOPs are counted."""
 
 
@@ -101,16 +101,25 @@ def flops(jaxpr: ClosedJaxpr) -> int:
 
 
 def product_flops(eqn: Any) -> int:
-    """FLOPs of one `dot_general`, or of one convolution with the zeros at its edges, 2 per multiply-add."""
+    """FLOPs of one product or convolution, 2 per multiply-add: of a convolution with the zeros at its edges, of a product over
+    groups (`ragged_dot_general`) those of all rows, each of which is in one group.
+    """
     if eqn.primitive.name == "conv_general_dilated":
         kernel, of = eqn.invars[1].aval.shape, eqn.params["dimension_numbers"].rhs_spec
         spread = math.prod(
             eqn.params["lhs_dilation"]
         )  # of so many positions all but one are zeros put between
         return 2 * math.prod(eqn.outvars[0].aval.shape) * (math.prod(kernel) // kernel[of[0]]) // spread
-    (contract, _), _ = eqn.params["dimension_numbers"]
+    groups = 1
+    if eqn.primitive.name == "ragged_dot_general":
+        numbers = eqn.params["ragged_dot_dimension_numbers"]
+        (contract, _), _ = numbers.dot_dimension_numbers
+        if numbers.lhs_ragged_dimensions[0] in contract:  # a matrix a group, each the sum over its own rows
+            groups = eqn.outvars[0].aval.shape[0]
+    else:
+        (contract, _), _ = eqn.params["dimension_numbers"]
     deep = math.prod(eqn.invars[0].aval.shape[d] for d in contract)
-    return 2 * math.prod(eqn.outvars[0].aval.shape) * deep
+    return 2 * math.prod(eqn.outvars[0].aval.shape) * deep // groups
 
 
 def equations(jaxpr: Jaxpr, times: int) -> Iterator[tuple[Any, int]]:

@@ -42,6 +42,11 @@ class Operands:
         moves = zip(gathered, self.use, self.plan.operands, strict=True)
         return [region.move(x, src, dst, self.union) for x, src, dst in moves]
 
+    def by_matrix(self) -> bool:
+        """Whether a matrix of parameters takes part, and an activation."""
+        matrix = any(fixed and x.ndim > 1 for fixed, x in zip(self.fixed, self.arrays, strict=True))
+        return matrix and not all(self.fixed)
+
     def stated(self, region: Region, formula: str) -> Array:
         """The product under XLA's partitioner, which stays free where nothing has to move but the sums.
 

@@ -60,7 +60,10 @@ def einsum(spec: str, *operands: Operand) -> Array:
         if made is not None:
             return tap("einsum", result, made)
     moved = ready.moved(region)
-    made = product(formula, *moved) if len(moved) == 2 else jnp.einsum(formula, *moved)
+    if len(moved) == 2:
+        made = product(formula, moved[0], moved[1], ready.plan.reduce if ready.by_matrix() else None)
+    else:
+        made = jnp.einsum(formula, *moved)
     return tap("einsum", result, finish(made, ready.plan.reduce, ready.plan.produced, ready.wanted))
 
 

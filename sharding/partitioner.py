@@ -7,6 +7,8 @@ from typing import Literal
 
 from sharding.errors import InputError
 
+PRODUCTS = ("none", "int8", "float8_e4m3fn", "float8_e5m2")
+
 
 @dataclass(frozen=True)
 class Manual:
@@ -23,7 +25,20 @@ class Manual:
     """How an activation's gather before a product, and a reduce-scatter after one, are done: "none" as one collective,
     "ring" as a ring of partial products (`sharding.overlap`), which a compiler can hide behind each other."""
 
+    products: Literal["none", "int8", "float8_e4m3fn", "float8_e5m2"] = "none"
+    """Experiment: the type in which activations are multiplied with matrices in the forward pass, each row and column scaled
+    by its largest entry (`sharding.scaled`); "none" is their own. The backward pass is in the activations' type."""
+
     def __post_init__(self) -> None:
+        if self.products not in PRODUCTS:
+            raise InputError(
+                f"Manual(products={self.products!r}): it is one of {', '.join(PRODUCTS)}. Change it."
+            )
+        if self.products != "none" and self.overlap != "none":
+            raise InputError(
+                f"Manual(overlap={self.overlap!r}, products={self.products!r}): a ring multiplies blocks before the largest "
+                f"entry of their rows is known. Take one of the two."
+            )
         if self.overlap not in ("none", "ring"):
             raise InputError(f"Manual(overlap={self.overlap!r}): it is 'none' or 'ring'. Change it.")
         if self.gathered not in ("regather", "keep"):

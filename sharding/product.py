@@ -15,11 +15,17 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from sharding.partitioner import Manual
 from sharding.region import current
+from sharding.scaled import Scaling, scaled_product
 
 
-def product(formula: str, a: Array, b: Array) -> Array:
-    """`jnp.einsum(formula, a, b)` of local arrays that vary over the same mesh axes; dtype: theirs."""
+def product(formula: str, a: Array, b: Array, scaled_over: tuple[str, ...] | None = None) -> Array:
+    """`jnp.einsum(formula, a, b)` of local arrays that vary over the same mesh axes; dtype: theirs.
+
+    scaled_over: the axes that split what is summed over, where the product may be one in 8 bits (`Manual(products=...)`);
+    None where it may not.
+    """
     left, _, result = formula.partition("->")
     first, second = left.split(",")
     # A letter that only one operand has is summed away before the product: its gradient is no contraction.
@@ -27,7 +33,10 @@ def product(formula: str, a: Array, b: Array) -> Array:
     if alone or a.dtype != b.dtype:
         return jnp.einsum(formula, a, b)
     region = current()
-    return _product(formula, region is None or region.platform == "cpu", a, b)
+    by, scaling = region.partitioner if region else None, None
+    if isinstance(by, Manual) and by.products != "none" and scaled_over is not None:
+        scaling = Scaling(by.products, scaled_over)
+    return _product(formula, region is None or region.platform == "cpu", scaling, a, b)
 
 
 def wide_product(formula: str, a: Array, b: Array) -> Array:
@@ -36,16 +45,26 @@ def wide_product(formula: str, a: Array, b: Array) -> Array:
     return jnp.einsum(formula, a, b, preferred_element_type=kept)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _product(formula: str, cpu: bool, a: Array, b: Array) -> Array:
-    return jnp.einsum(formula, a, b)
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _product(formula: str, cpu: bool, scaling: Scaling | None, a: Array, b: Array) -> Array:
+    return _computed(formula, scaling, a, b)
 
 
-def _forward(formula: str, cpu: bool, a: Array, b: Array) -> tuple[Array, tuple[Array, Array]]:
-    return jnp.einsum(formula, a, b), (a, b)
+def _computed(formula: str, scaling: Scaling | None, a: Array, b: Array) -> Array:
+    return jnp.einsum(formula, a, b) if scaling is None else scaled_product(formula, scaling, a, b)
 
 
-def _backward(formula: str, cpu: bool, kept: tuple[Array, Array], out: Array) -> tuple[Array, Array]:
+def _forward(
+    formula: str, cpu: bool, scaling: Scaling | None, a: Array, b: Array
+) -> tuple[Array, tuple[Array, Array]]:
+    # not by `_product`: a call within hides the product from remat="dots"
+    return _computed(formula, scaling, a, b), (a, b)
+
+
+def _backward(
+    formula: str, cpu: bool, scaling: Scaling | None, kept: tuple[Array, Array], out: Array
+) -> tuple[Array, Array]:
+    """Of the product as it would be unscaled: what rounding does to operands passes gradients straight through."""
     a, b = kept
     left, _, result = formula.partition("->")
     first, second = left.split(",")

@@ -9,6 +9,7 @@ from flax import nnx
 from jax import Array
 
 from sharding.errors import InputError
+from sharding.marks import mark
 from sharding.operands import operands_of
 from sharding.ops import einsum
 from sharding.partitioner import Manual
@@ -35,8 +36,12 @@ def project(x: Array, names: str, *weights: nnx.Param) -> tuple[Array, ...]:
         specs.append(f"{names}, {' '.join(own)} -> {' '.join(results[-1])}")
     joined = _joined(x, words, weights, specs)
     if joined is None:
-        return tuple(einsum(spec, x, weight) for spec, weight in zip(specs, weights, strict=True))
-    return tuple(tap("project", names, y) for names, y in zip(results, joined, strict=True))
+        joined = [einsum(spec, x, weight) for spec, weight in zip(specs, weights, strict=True)]
+        return tuple(mark(y, "project", names) for names, y in zip(results, joined, strict=True))
+    # also called einsum, so that what a remat policy names does not depend on the mesh
+    return tuple(
+        mark(tap("project", names, y), "einsum", names) for names, y in zip(results, joined, strict=True)
+    )
 
 
 def _joined(
@@ -61,7 +66,7 @@ def _joined(
     moved = [r.moved(region) for r in ready]
     parts = [w.reshape(w.shape[0], -1) for _, w in moved]
     rows = "abcdefghij"[: x.ndim - 1]
-    both = product(f"{rows}y,yz->{rows}z", moved[0][0], jnp.concatenate(parts, axis=1))
+    both = product(f"{rows}y,yz->{rows}z", moved[0][0], jnp.concatenate(parts, axis=1), ())
     ends = [sum(p.shape[1] for p in parts[: i + 1]) for i in range(len(parts) - 1)]
     pieces = jnp.split(both, ends, axis=-1)
     shapes = [w.shape[1:] for _, w in moved]

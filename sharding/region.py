@@ -20,6 +20,7 @@ from jax.extend.core import get_opaque_trace_state
 from jax.sharding import Mesh, NamedSharding
 
 from sharding.layout import Dims, Layouts, ParamLayouts, spec_of
+from sharding.marks import INSIDE, mark
 from sharding.order import Order
 from sharding.partitioner import Auto, Manual, Partitioner
 from sharding.relayout import relayout, vary, varying
@@ -176,7 +177,8 @@ def wide(x: Array) -> Array:
 
 
 def tap(op: str, names: tuple[str, ...], x: Array) -> Array:
-    """Note the result of a named op where a region listens; returns it."""
+    """Mark the result of a named op for remat policies, and note it where a region listens; returns it."""
+    x = mark(x, "" if op in INSIDE else op, names)
     region = current()
     if region is None or (region.taps is None and region.listen is None):
         return x

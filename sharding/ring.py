@@ -20,10 +20,11 @@ import numpy as np
 from jax import Array, lax
 
 from sharding.causal import by_kv_head, by_position
+from sharding.marks import mark
 from sharding.order import Order
 from sharding.region import wide
 from sharding.relayout import permuted, vary, varying
-from sharding.tiles import Bias, Pairs, attend, attend_back, finished, start
+from sharding.tiles import Bias, Index, Pairs, attend, attend_back, finished, start
 
 TILE = 512
 """Positions of a tile at most: scores of one pair of tiles are all that is ever held of the square."""
@@ -87,7 +88,7 @@ class _Work:
         made = []
         for (queries, keys), mask in lists:
             if len(queries):
-                made.append(Pairs(jnp.asarray(queries, jnp.int32), jnp.asarray(keys, jnp.int32), mask))
+                made.append(Pairs(queries.astype(np.int32), keys.astype(np.int32), mask))
         return made
 
     def bias(self, step: Any, arrived: Array | None) -> Bias:
@@ -97,7 +98,7 @@ class _Work:
         there = (here - step) % self.devices if s.keys else 0
         mine, groups = self.segments[0], self.groups
 
-        def bias(i: Array, j: Array) -> Array:
+        def bias(i: Index, j: Index) -> Array:
             row = (
                 self._position(here * self.length + i * t) + jnp.arange(t * groups, dtype=jnp.int32) // groups
             )
@@ -246,7 +247,9 @@ def _forward(
             state = attend(state, q, k, v, pairs, rows, work.tile)
         return state
 
-    o, lse = finished(work.walk(one, start(q), (k, v, theirs), lambda carry: carry))
+    o, lse = (
+        mark(x, "attention") for x in finished(work.walk(one, start(q), (k, v, theirs), lambda carry: carry))
+    )
     return by_position(o, heads).astype(q.dtype), (q, k, v, ours, theirs, o, lse)
 
 

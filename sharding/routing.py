@@ -3,7 +3,8 @@
 The choice is a token's own. Slots are given out a row of the batch at a time (the groups of GShard, Lepikhin et al. 2020,
 arXiv:2006.16668, section 3.2) in order of position: which tokens an expert drops depends on no mesh, and no token depends
 on a later one. Sending is a gather of tokens into slots where they are, then one all-to-all, which `Region.move` finds in
-the layouts of `batch expert slots embed` and of a token; coming back is the same way in reverse.
+the layouts of `expert batch slots embed` and of a token; coming back is the same way in reverse. Experts come first
+because products with their matrices are taken expert by expert: any other order is transposed around each of them.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ Gates = Literal["all", "chosen"]
 TOKENS = ("batch", "length")
 SCORES = ("batch", "length", "routes")
 TOKEN = ("batch", "length", "embed")
-SLOTS = ("batch", "expert", "slots", "embed")
+SLOTS = ("expert", "batch", "slots", "embed")
 MULTIPLE = 8
 """Slots of an expert are a multiple of this, so that axes can split them."""
 
@@ -100,7 +101,7 @@ class Seats:
     """(batch, length), bool."""
     experts: int
     home: Dims
-    """Layout of `batch expert slots embed` where the tokens are: all experts, and the slots of this device."""
+    """Layout of `expert batch slots embed` where the tokens are: all experts, and the slots of this device."""
 
 
 def slots_of(length: int, k: int, experts: int, factor: float) -> int:
@@ -137,25 +138,25 @@ def seat(route: Route, factor: float) -> Seats:
 
 
 def dispatch(x: Array, seats: Seats) -> Array:
-    """Tokens `batch length embed` at their experts: `batch expert slots embed`, an empty slot zero. One all-to-all."""
+    """Tokens `batch length embed` at their experts: `expert batch slots embed`, an empty slot zero. One all-to-all."""
     region = current()
     home = seats.home
     if region is not None:
         x = _whole_rows(region, x, home, frozenset(home[2]), TOKEN)
         x = vary(x, varying(seats.place)) if region.manual else x
     made = spread(x, seats.place, seats.choice)
-    made = made.reshape(made.shape[0], seats.experts, -1, made.shape[-1])
+    made = made.reshape(made.shape[0], seats.experts, -1, made.shape[-1]).swapaxes(0, 1)
     return tap("dispatch", SLOTS, _between(region, made, home, away=True))
 
 
 def combine(y: Array, seats: Seats) -> Array:
-    """The experts' results `batch expert slots embed` back at their tokens, `batch length embed`: of each token the sum over
+    """The experts' results `expert batch slots embed` back at their tokens, `batch length embed`: of each token the sum over
     its choices, weighed by their gates. A dropped choice adds nothing.
     """
     region = current()
     home = seats.home
     y = _between(region, y, home, away=False)
-    y, gates = y.reshape(y.shape[0], -1, y.shape[-1]), seats.gates
+    y, gates = y.swapaxes(0, 1).reshape(y.shape[1], -1, y.shape[-1]), seats.gates
     if region is not None and region.manual:
         union = varying(y) | varying(seats.place)
         y, gates = vary(y, union), vary(gates, union)
@@ -165,14 +166,14 @@ def combine(y: Array, seats: Seats) -> Array:
     wanted = region.dims(TOKEN)
     if wanted[1]:
         made = ordered(region, made, 1, "length")
-    return tap("combine", TOKEN, finish(made, home[2], (home[0], (), home[3]), wanted))
+    return tap("combine", TOKEN, finish(made, home[2], (home[1], (), home[3]), wanted))
 
 
 def dropped(seats: Seats) -> Array:
     """`batch length`: the share of a token's choices that found no slot; 0 for padding."""
     share = 1 - jnp.mean(seats.kept.astype(seats.gates.dtype), axis=-1)
     share = lax.stop_gradient(jnp.where(seats.present, share, jnp.zeros((), share.dtype)))
-    return back(share, "batch length", (seats.home[0], ()))
+    return back(share, "batch length", (seats.home[1], ()))
 
 
 # how they lie
@@ -184,7 +185,7 @@ def _home(region: Region | None) -> Dims:
         return ((), (), (), ())
     batch, _, embed = region.dims(TOKEN)
     slots = tuple(a for a in region.dims(SLOTS)[2] if a not in batch)
-    return (batch, (), slots, tuple(a for a in embed if a not in slots))
+    return ((), batch, slots, tuple(a for a in embed if a not in slots))
 
 
 def _everywhere(region: Region | None, x: nnx.Param) -> Array:
@@ -204,7 +205,7 @@ def _whole_rows(
         return x
     rest = x.ndim - 2
     width = home[3:] if names == TOKEN else ((),) * rest
-    dst = (home[0], (), *width)
+    dst = (home[1], (), *width)
     if not region.manual:
         return region.constrain(x, dst)
     src = (*region.dims(TOKENS), *(region.dims(names)[2:] if names == TOKEN else ((),) * rest))

@@ -100,7 +100,7 @@ class TrainStep(Laid):
         grads, metrics = self._gradients(state["params"], batch)
         held = {p: self._lies(w, self.layouts[p].optimizer) for p, w in state["params"].items()}
         with jax.numpy_dtype_promotion("standard"):  # optax raises floats to its integer count
-            updates, moments = self.optimizer.update(grads, state["optimizer"], held)
+            updates, moments = self.optimizer.update(grads, self.fetched(state["optimizer"]), held)
         updated: Any = optax.apply_updates(held, updates)
         params = self._at_rest(updated)
         return {"params": params, "optimizer": moments, "step": state["step"] + 1}, metrics, grads

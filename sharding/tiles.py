@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 
 from sharding.product import wide_product
@@ -22,16 +23,20 @@ from sharding.relayout import vary, varying
 UNROLL_UP_TO = 4
 """Pairs up to which they are written out instead of scanned."""
 
-Bias = Callable[[Array, Array], Array]
+Index = Array | int
+"""Number of a tile: an int where the trace knows it, so that tiles are cut out for good and not by an index of the run."""
+Bias = Callable[[Index, Index], Array]
 """(tile of queries, tile of keys) -> what is added to their scores, broadcast to (B, J, rows, keys)."""
 
 
 @dataclass(frozen=True)
 class Pairs:
-    """Which tiles meet: int32 arrays of equal length, and what is added to their scores (None: nothing)."""
+    """Which tiles meet: int32 arrays of equal length, of NumPy where the trace knows them, and what is added to their scores
+    (None: nothing).
+    """
 
-    queries: Array
-    keys: Array
+    queries: Array | np.ndarray
+    keys: Array | np.ndarray
     bias: Bias | None
 
 
@@ -51,7 +56,7 @@ def start(q: Array) -> Softmax:
 def attend(state: Softmax, q: Array, k: Array, v: Array, pairs: Pairs, rows: int, keys: int) -> Softmax:
     """The state after these pairs; `rows` rows make a tile of queries, `keys` positions a tile of keys."""
 
-    def one(state: Softmax, pair: tuple[Array, Array]) -> Softmax:
+    def one(state: Softmax, pair: tuple[Index, Index]) -> Softmax:
         i, j = pair
         o, top, total = (_tile(x, i, rows) for x in state)
         scores = _scores(_tile(q, i, rows), _tile(k, j, keys), pairs.bias, pair)
@@ -89,7 +94,7 @@ def attend_back(
     """
     k, v = kv
 
-    def one(grads: Grads, pair: tuple[Array, Array]) -> Grads:
+    def one(grads: Grads, pair: tuple[Index, Index]) -> Grads:
         i, j = pair
         q_i, k_j, v_j = _tile(q, i, rows), _tile(k, j, keys), _tile(v, j, keys)
         do, mean, lse = (_tile(x, i, rows) for x in out)
@@ -106,7 +111,7 @@ def attend_back(
     return _over(pairs, one, grads)
 
 
-def _scores(q: Array, k: Array, bias: Bias | None, pair: tuple[Array, Array]) -> Array:
+def _scores(q: Array, k: Array, bias: Bias | None, pair: tuple[Index, Index]) -> Array:
     scores = wide_product("bjnk,bjmk->bjnm", q, k)
     return scores if bias is None else scores + bias(*pair).astype(scores.dtype)
 
@@ -115,22 +120,33 @@ def _wide(kind: jnp.dtype) -> jnp.dtype:
     return jnp.dtype(jnp.float64 if kind == jnp.float64 else jnp.float32)
 
 
-def _over(pairs: Pairs, one: Callable[[Any, tuple[Array, Array]], Any], state: Any) -> Any:
+def _over(pairs: Pairs, one: Callable[[Any, tuple[Index, Index]], Any], state: Any) -> Any:
     n = pairs.queries.shape[0]
     if n > UNROLL_UP_TO:
-        return lax.scan(lambda s, pair: (one(s, pair), None), state, (pairs.queries, pairs.keys))[0]
+        lists = jnp.asarray(pairs.queries), jnp.asarray(pairs.keys)
+        return lax.scan(lambda s, pair: (one(s, pair), None), state, lists)[0]
     for at in range(n):
-        state = one(state, (pairs.queries[at], pairs.keys[at]))
+        i, j = (int(x[at]) if isinstance(x, np.ndarray) else x[at] for x in (pairs.queries, pairs.keys))
+        state = one(state, (i, j))
     return state
 
 
-def _tile(x: Array, at: Array, size: int) -> Array:
-    return x if x.shape[2] == size else lax.dynamic_slice_in_dim(x, at * size, size, 2)
+def _tile(x: Array, at: Index, size: int) -> Array:
+    if x.shape[2] == size:
+        return x
+    if isinstance(at, int):
+        return lax.slice_in_dim(x, at * size, (at + 1) * size, axis=2)
+    return lax.dynamic_slice_in_dim(x, at * size, size, 2)
 
 
-def _placed(x: Array, new: Array, at: Array, size: int) -> Array:
-    return new if x.shape[2] == size else lax.dynamic_update_slice_in_dim(x, new, at * size, 2)
+def _placed(x: Array, new: Array, at: Index, size: int) -> Array:
+    if x.shape[2] == size:
+        return new
+    if isinstance(at, int):  # XLA sees that a tile is one of the parts; an update would copy them all
+        before, after = x[:, :, : at * size], x[:, :, (at + 1) * size :]
+        return jnp.concatenate([before, new, after], axis=2)
+    return lax.dynamic_update_slice_in_dim(x, new, at * size, 2)
 
 
-def _added(x: Array, new: Array, at: Array, size: int) -> Array:
+def _added(x: Array, new: Array, at: Index, size: int) -> Array:
     return _placed(x, _tile(x, at, size) + new, at, size)

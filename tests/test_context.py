@@ -250,7 +250,9 @@ def test_a_result_leaves_the_region_in_its_natural_order() -> None:
     params, tokens = initial_params(config), batches(config, 1)[0]["tokens"]
     split, made = make_step(config, data() | context(), MeshShape(data=2, context=4)), []
     for step in (make_step(config), split):
-        forward = jax.jit(lambda p, t, s=step: s.forward(p, "logits", "batch length vocab", (t, "batch length")))
+        forward = jax.jit(
+            lambda p, t, s=step: s.forward(p, "logits", "batch length vocab", (t, "batch length"))
+        )
         made.append(forward(start(step, params)["params"], jnp.asarray(tokens)))
     assert departure(made[1], made[0]) < BOUND
 

@@ -26,7 +26,6 @@ from sharding.grouped import BLOCK, _by_blocks, dropless
 from sharding.layout import Layouts
 from sharding.ledger import collectives
 from sharding.partitioner import Auto, Manual, Partitioner
-from sharding.proof.double import doubled
 from sharding.routing import combine, dispatch, dropped, seat, slots_of, top_k
 from sharding.rule import Rules, also
 from sharding.rules.context import context
@@ -44,6 +43,7 @@ from tests.support import (
     batches,
     custom,
     departure,
+    in_double,
     initial_params,
     make_step,
     oracle,
@@ -94,8 +94,8 @@ def test_the_rule_tells_what_holds_experts_from_what_scores_them() -> None:
     layouts = Layouts(data() | fsdp() | expert() | tensor(), {"data": 2, "fsdp": 2, "expert": 2, "tensor": 2})
     lies = lambda names: layouts.activation(tuple(names.split())).text()
     assert lies("batch length routes") == "batch/data/fsdp/expert length routes"
-    assert lies("batch expert slots embed") == "batch/data/fsdp expert/expert slots embed"
-    assert lies("batch expert slots gates mlp") == "batch/data/fsdp expert/expert slots gates mlp/tensor"
+    assert lies("expert batch slots embed") == "expert/expert batch/data/fsdp slots embed"
+    assert lies("expert batch slots gates mlp") == "expert/expert batch/data/fsdp slots gates mlp/tensor"
     held = layouts.param("up", ("layers", "expert", "embed", "gates", "mlp"), (2, 8, 8, 2, 8))
     assert held.compute.text() == "layers expert/expert embed gates mlp/tensor"
     assert held.param.text() == "layers expert/expert embed/fsdp gates mlp/tensor"
@@ -135,10 +135,10 @@ def through(k: int, factor: float, gates: Any = "chosen") -> Callable[..., Any]:
         from sharding.ops import einsum
 
         scaled = einsum(
-            "batch expert slots embed, expert embed mlp -> batch expert slots mlp", slots, p["up"]
+            "expert batch slots embed, expert embed mlp -> expert batch slots mlp", slots, p["up"]
         )
         made = einsum(
-            "batch expert slots mlp, expert mlp embed -> batch expert slots embed", scaled, p["down"]
+            "expert batch slots mlp, expert mlp embed -> expert batch slots embed", scaled, p["down"]
         )
         lost = dropped(seats)
         return combine(made, seats) + jax.lax.stop_gradient(lost)[..., None]
@@ -290,17 +290,8 @@ def test_shared_experts_and_balance_over_the_batch_on_every_mesh(case: str, part
 
 @pytest.mark.parametrize("capacity", [0.5, math.inf])
 def test_in_double_precision_only_rounding_is_left(capacity: float) -> None:
-    config = dataclasses.replace(FULL, capacity=capacity, dtype="float64")
-    widen = lambda x: x.astype(np.float64) if np.issubdtype(x.dtype, np.floating) else x
-    params = jax.tree.map(widen, initial_params(dataclasses.replace(config, dtype="float32")))
-    rows = jax.tree.map(widen, batches(config, 2))
-    with jax.enable_x64(True):
-        one = train(make_step(config, model=doubled(config.build())), params, rows)
-        many = train(
-            make_step(config, *MESHES["expert tensor sequence"], model=doubled(config.build())), params, rows
-        )
-    assert all(g.dtype == np.float64 for g in many.gradients[0].values())
-    assert_same(many, one, EXACT)
+    config = dataclasses.replace(FULL, capacity=capacity)
+    assert_same(*in_double(config, *MESHES["expert tensor sequence"]), EXACT)
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,9 @@ import pytest
 from jax import lax
 from jax.sharding import PartitionSpec
 
+from configs import moe_quick
+from experiments.config import Devices
+from experiments.explanation import explain
 from sharding.axes import MeshShape
 from sharding.ledger import Collective, collectives, flops, per_axis
 from sharding.mesh import device_mesh
@@ -241,3 +244,25 @@ def test_products_are_counted_with_their_loops_and_backward() -> None:
     assert flops(jax.make_jaxpr(both)(w, x)) in (8 * once, 9 * once)
     remat = jax.grad(lambda w, x: jnp.sum(jax.checkpoint(jnp.dot)(x, w) ** 2))
     assert flops(jax.make_jaxpr(remat)(w, x)) == 2 * once
+
+
+def test_products_over_groups_are_counted_by_their_rows_forward_and_backward() -> None:
+    x, w = jax.ShapeDtypeStruct((16, 4), jnp.float32), jax.ShapeDtypeStruct((3, 4, 5), jnp.float32)
+    sizes, once = jax.ShapeDtypeStruct((3,), jnp.int32), 2 * 16 * 4 * 5
+    assert flops(jax.make_jaxpr(lax.ragged_dot)(x, w, sizes)) == once
+    loss = lambda x, w, sizes: jnp.sum(jnp.square(lax.ragged_dot(x, w, sizes)))
+    assert flops(jax.make_jaxpr(jax.grad(loss, argnums=(0, 1)))(x, w, sizes)) == 3 * once
+
+
+def test_experts_that_drop_nothing_count_the_work_of_the_choices() -> None:
+    base = moe_quick.config()
+    c: Any = base.model
+
+    def forward(top: int) -> int:
+        model = dataclasses.replace(c, capacity=math.inf, top=top, layers=1)
+        present = dataclasses.replace(
+            base, model=model, rules=data(), mesh=MeshShape(data=2), devices=Devices("present", 2)
+        )
+        return explain(present, 2).forward_flops
+
+    assert forward(2) - forward(1) == base.batch * c.length * 2 * 3 * c.embed * c.mlp

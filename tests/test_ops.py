@@ -93,7 +93,9 @@ def test_embed_for_any_layouts(rules: Rules) -> None:
 def test_a_table_used_in_bfloat16_is_gathered_in_it_and_its_gradients_are_summed_in_float32(
     partitioner: Partitioner,
 ) -> None:
-    ids = np.zeros((8, 512), np.int32)  # one row of the table, 4096 times: a sum in bfloat16 would stop growing
+    ids = np.zeros(
+        (8, 512), np.int32
+    )  # one row of the table, 4096 times: a sum in bfloat16 would stop growing
     narrow = Through(
         lambda p, x: embed(p["w"], x["ids"], "batch length", jnp.dtype("bfloat16")),
         EMBED[1],
