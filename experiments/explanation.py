@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from experiments.assemble import train_step
 from experiments.config import Experiment
+from experiments.pictured import Ordered, inside_attention, orders
 from sharding.errors import InputError
 from sharding.finding import Finding, Limits
 from sharding.layout import Layout
@@ -44,6 +45,7 @@ class Line:
     """One array and where it lies: a parameter, its gradient or optimizer state, a batch entry, an activation."""
 
     kind: str
+    """`inside`: an array inside attention, which no op returns."""
     path: str
     """A parameter's or entry's path; for an activation the named op that makes it."""
     role: str
@@ -68,6 +70,8 @@ class Line:
     """Axes over which it is gathered for that."""
     source: str = ""
     """file:line of the op, for an activation."""
+    memory: str = "device"
+    """Where it lies between steps; on the "host", `bytes_per_device` are bytes there, for each device."""
 
 
 @dataclass(frozen=True)
@@ -93,6 +97,10 @@ class Explanation:
     tokens: int
     bytes_per_device: dict[str, int]
     """Kind of line -> bytes of all its arrays, for what lies on a device at once (activations do not)."""
+    host_bytes_per_device: int
+    """The same of what lies in the host's memory, all kinds."""
+    orders: tuple[Ordered, ...]
+    """Dims whose positions do not lie in their natural order."""
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON types."""
@@ -152,8 +160,13 @@ def explain_step(experiment: Experiment, step: TrainStep, limits: Limits = Limit
         forward_flops=flops(seen.forward),
         tokens=counted(seen.batch),
         bytes_per_device={
-            kind: sum(line.bytes_per_device for line in lines if line.kind == kind) for kind in HELD
+            kind: sum(line.bytes_per_device for line in lines if (line.kind, line.memory) == (kind, "device"))
+            for kind in HELD
         },
+        host_bytes_per_device=sum(line.bytes_per_device for line in lines if line.memory == "host"),
+        orders=orders(
+            step, (d for x in lines for d in zip(x.names, x.shape, strict=True) if "batch" in x.names)
+        ),
     )
 
 
@@ -208,19 +221,12 @@ def _parameters(step: TrainStep, state: Any) -> list[Line]:
         lines.append(_line("parameter", "param", *what, lies.param, step, in_use=used, gathered=gathered))
         lines.append(_line("gradient", "gradient", *what, lies.gradient, step))
         kinds = tuple(dict.fromkeys(moments[path]))
+        memory = step.split.moments if spec.shape else "device"
         each = [
-            _line(
-                "optimizer",
-                "optimizer",
-                path,
-                spec.shape,
-                kind,
-                lies.optimizer,
-                step,
-                copies=moments[path].count(kind),
-            )
+            _line("optimizer", "optimizer", path, spec.shape, kind, lies.optimizer, step,
+                  copies=moments[path].count(kind), memory=memory)
             for kind in kinds
-        ]
+        ]  # fmt: skip
         lines.extend(each)
     return lines
 
@@ -235,11 +241,20 @@ def _inputs(step: TrainStep, batch: dict[str, Any]) -> list[Line]:
 def _activations(taps: tuple[Tap, ...], step: TrainStep) -> list[Line]:
     """Each named op's result once, however many layers or micro-batches repeat it."""
     once = {(t.op, t.names, t.shape, t.source): t for t in taps if t.names}
-    return [
-        _line("activation", "activation", t.op, t.shape, t.dtype, step.split.layouts.activation(t.names), step,
+    layouts, sizes = step.split.layouts, {n: s for t in taps for n, s in zip(t.names, t.shape, strict=True)}
+    made = [
+        _line("activation", "activation", t.op, t.shape, t.dtype, layouts.activation(t.names), step,
               source=_short(t.source))
         for t in once.values()
     ]  # fmt: skip
+    attention = next((t for t in taps if t.op == "attention"), None)
+    if attention is not None:
+        made += [
+            _line("inside", "activation", attention.op, shape, attention.dtype, layouts.activation(names), step,
+                  source=_short(attention.source))
+            for names, shape in inside_attention(tuple(layouts.asked), sizes)
+        ]  # fmt: skip
+    return made
 
 
 def _line(

@@ -34,6 +34,8 @@ def print_explanation(told: Explanation, full: bool = True) -> None:
             _arrays(console, "Activations, as the named ops make them (a layer's once)", made, marks, piped)
         else:
             console.print("[bold]Activations[/]: the model calls no named op, so XLA lays them out\n")
+        if made := told.of("inside"):
+            _arrays(console, "Inside attention, which no op returns (a layer's once)", made, marks, piped)
     _left(console, told, ("parameter", "batch", "activation") if full else ("parameter",))
     _traffic(console, told)
     if full:
@@ -61,7 +63,13 @@ def _head(console: Console, told: Explanation) -> None:
 
 
 def _held(told: Explanation, kind: str) -> str:
-    return human(told.bytes_per_device[kind])
+    away = sum(line.bytes_per_device for line in told.of(kind) if line.memory == "host")
+    here = human(told.bytes_per_device[kind])
+    return (
+        f"{human(away)} of the host's memory"
+        if away and not told.bytes_per_device[kind]
+        else (f"{here} and {human(away)} of the host's memory" if away else here)
+    )
 
 
 def _mark(at: int) -> str:

@@ -3,7 +3,7 @@
 A figure is a file ``paper_figures/NAME.py`` (or any Python file, given by its path) with three things: a
 docstring of the sections ``Claim:``, ``Records:`` and ``Reproduce:`` (commands, one a line); ``RECORDS``,
 globs relative to ``paper_figures/records/``; and ``draw(records) -> matplotlib.figure.Figure``, a pure
-function.
+function. Where every run has a picture of its own, ``draw`` returns a mapping of names to figures.
 
 Same records, same version of matplotlib: same bytes. Ids in the SVG are salted with the figure's name, no
 file holds a date, and the style does not depend on a user's settings.
@@ -18,7 +18,7 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 HERE = Path(__file__).resolve().parent
 FORMATS = ("svg", "pdf", "png")
 SECTIONS = ("Claim", "Records", "Reproduce")
-_NOT_FIGURES = ("__init__", "build", "style")
+_NOT_FIGURES = ("__init__", "blocks", "build", "style")
 _METADATA: dict[str, dict[str, Any]] = {
     "svg": {"Date": None, "Creator": "shardlab"},
     "pdf": {"CreationDate": None, "Creator": "shardlab", "Producer": "matplotlib"},
@@ -48,7 +48,7 @@ class Source:
     path: Path
     globs: tuple[str, ...]
     sections: dict[str, str]
-    draw: Callable[[list[Record]], Figure]
+    draw: Callable[[list[Record]], Figure | Mapping[str, Figure]]
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,8 @@ def gather(
 def build(
     name: str, out: str | Path, formats: Sequence[str] = FORMATS, paths: Sequence[str | Path] | None = None
 ) -> Built:
-    """Draws one figure and saves it as ``out/NAME.FORMAT``. RecordError when records are missing or do not
+    """Draws one figure and saves it as ``out/NAME.FORMAT``, or several as
+    ``out/NAME-EACH.FORMAT``. RecordError when records are missing or do not
     fit, BrokenFigure when the figure's own code raises.
     """
     unknown = [f for f in formats if f not in FORMATS]
@@ -153,10 +154,12 @@ def build(
 
     with style.house(source.name):
         try:
-            figure: Any = source.draw(records)
-            if not hasattr(figure, "savefig"):
-                raise TypeError(f"draw(records) returned {figure!r}, no matplotlib figure")
-            pictures = {f: _rendered(figure, f) for f in formats}
+            drawn: Any = source.draw(records)
+            figures = _named(source.name, drawn)
+            for figure in figures.values():
+                if not hasattr(figure, "savefig"):
+                    raise TypeError(f"draw(records) returned {drawn!r}, no matplotlib figure")
+            pictures = {(n, f): _rendered(figure, f) for n, figure in figures.items() for f in formats}
         except MissingRecords as error:
             raise MissingRecords(
                 _missing(source, f"{error} Read: {', '.join(str(f) for f in files)}")
@@ -165,7 +168,7 @@ def build(
             raise
         except Exception as error:  # as above
             raise _broken(source.path, error) from error
-    saved = tuple(_save(picture, Path(out), source.name, f) for f, picture in pictures.items())
+    saved = tuple(_save(picture, Path(out), n, f) for (n, f), picture in pictures.items())
     return Built(source.name, saved, files)
 
 
@@ -176,6 +179,12 @@ def require_matplotlib() -> None:
             "Figures are drawn with matplotlib, which is not installed. It comes with the extra 'figures': "
             "pip install 'shardlab[figures]', or pip install matplotlib."
         )
+
+
+def _named(name: str, drawn: Any) -> dict[str, Any]:
+    """What `draw` returned, by the name of its file: one figure bears the figure's name alone."""
+    each = drawn if isinstance(drawn, Mapping) else {"": drawn}
+    return {name if len(each) == 1 else f"{name}-{key}": figure for key, figure in each.items()}
 
 
 def _rendered(figure: Figure, extension: str) -> bytes:

@@ -71,7 +71,8 @@ def test_bytes_per_device_are_those_of_the_real_arrays(name: str):
 @pytest.mark.parametrize("name", SPLITS)
 def test_every_split_dim_names_its_rule_and_every_whole_array_its_reason(name: str):
     told = explain(quickstart(*SPLITS[name]), 8)
-    assert {line.kind for line in told.lines} == {"parameter", "gradient", "optimizer", "batch", "activation"}
+    kinds = {"parameter", "gradient", "optimizer", "batch", "activation", "inside"}
+    assert {line.kind for line in told.lines} == kinds
     for line in told.lines:
         placed = {(p.name, p.axis): p for p in line.placed}
         for dim, axes in zip(line.names, line.dims, strict=True):

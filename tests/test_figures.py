@@ -83,11 +83,31 @@ def sweep(
     return path
 
 
+def layouts(path: Path) -> Path:
+    """Made-up records of where three arrays of a config lie."""
+    placed = {"size": 2, "rule": "data()", "source": "data.py:8"}
+    same = {"bytes_per_device": 64, "copies": 1, "in_use": "", "source": "", "dtype": "float32"}
+    with Records(path, replace(HEADER, run="synthetic-layout")) as records:
+        for kind, shape, names in (
+            ("batch", [8, 4], ["batch", "length"]),
+            ("parameter", [4, 8], ["embed", "mlp"]),
+            ("activation", [8, 4, 4], ["batch", "length", "embed"]),
+        ):
+            split = "batch" in names
+            dims = [["data"] if n == "batch" else [] for n in names]
+            why = [{"name": "batch", "axis": "data", **placed}] if split else []
+            layout = " ".join(n + "/data" * (n == "batch") for n in names)
+            values = {"kind": kind, "path": kind, "shape": shape, "names": names, "dims": dims, "placed": why}
+            records.write("layout", "modelled", values | same | {"layout": layout})
+    return path
+
+
 @pytest.fixture(scope="module")
 def synthetic(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One file with all that the figures of this repository draw from."""
     path = tmp_path_factory.mktemp("synthetic") / "records.jsonl"
     train(path)
+    layouts(path)
     return sweep(path, header=replace(HEADER, run="synthetic-sweep"))
 
 
