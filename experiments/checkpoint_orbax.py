@@ -32,12 +32,6 @@ def manager(folder: Path, written: Callable[[], None]) -> Any:
     return ocp.CheckpointManager(folder, options=options, handler_registry=registry)
 
 
-def first_line(error: Exception) -> str:
-    """An error as the head of its first line: tensorstore's and XLA's go on for pages."""
-    text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[0][:300]}" if text else type(error).__name__
-
-
 def _from_elsewhere(record: logging.LogRecord) -> bool:
     return f"{os.sep}orbax{os.sep}" not in record.pathname
 

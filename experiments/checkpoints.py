@@ -34,7 +34,7 @@ from typing import Any
 
 from experiments.agreement import first_says, said_by_all
 from experiments.checkpoint_folder import UNFINISHED, damaged, lock, missing, probe, seal, sealed_steps, sync
-from experiments.checkpoint_orbax import first_line, manager
+from experiments.checkpoint_orbax import manager
 from experiments.checkpoint_tidying import clear, retire, tidy
 from experiments.checkpoint_tree import (
     check_savable,
@@ -47,7 +47,7 @@ from experiments.checkpoint_tree import (
     some,
     summary,
 )
-from sharding.errors import InputError
+from sharding.errors import InputError, first_line
 
 
 class CheckpointStore:

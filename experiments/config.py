@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path, PurePath
 from typing import Any, Literal, Protocol, get_args, runtime_checkable
@@ -17,6 +18,7 @@ from experiments.config_file import LOADED, call, execute
 from experiments.data.contract import Source
 from experiments.field_types import check_types, python_number
 from experiments.optimizers import AdamW
+from experiments.record_schema import NOT_FINITE
 from sharding.axes import MeshShape
 from sharding.errors import InputError
 from sharding.partitioner import Manual, Partitioner
@@ -51,6 +53,9 @@ class Optimizer(Protocol):
         ...
 
 
+NOT_TEXT = re.compile("[\ud800-\udfff]")
+"""What Python makes of bytes that are not UTF-8 in a word of the command line."""
+
 MOST_SEEDS = 2**32
 """Seeds there are: jax's key takes the lowest 32 bits of one, so that a larger seed would be another's twin."""
 
@@ -81,9 +86,7 @@ class Devices:
 
     def __post_init__(self) -> None:
         if self.kind not in ("pretend", "present"):
-            raise InputError(
-                f'devices.kind is {self.kind!r}; it is "pretend" or "present". Change devices.kind.'
-            )
+            raise InputError(f'devices.kind is {self.kind!r}; it is "pretend" or "present". Change it.')
         if self.kind == "present" and self.count == -1:
             return
         if self.kind == "pretend" and self.count == -1:
@@ -136,11 +139,11 @@ class Sample:
     """Logits are divided by it before drawing; 0 takes the likeliest token each time."""
 
     def __post_init__(self) -> None:
+        if NOT_TEXT.search(str(self.prompt)):
+            raise InputError(f"sample.prompt is {self.prompt!r}, but text is UTF-8. Change sample.prompt.")
         require("sample.", "tokens", self.tokens, 0, "the length of the sample in tokens (0: none)")
         if not 0 <= self.temperature < math.inf:
-            raise InputError(
-                f"sample.temperature is {self.temperature!r}; it is a number of at least 0. Change it."
-            )
+            raise InputError(f"sample.temperature is {self.temperature!r}; it is a number from 0. Change it.")
 
 
 @dataclass(frozen=True)
@@ -182,9 +185,10 @@ class Experiment:
     """Text written at the end."""
 
     def __post_init__(self) -> None:
-        if not self.name or self.name in (".", "..") or any(c in self.name for c in "/\\\0"):
+        if self.name in ("", ".", "..", *NOT_FINITE) or re.search(f"[/\\\\\0]|{NOT_TEXT.pattern}", self.name):
             raise InputError(
-                f"name is {self.name!r}, but it names a folder: give it letters, digits, '-' or '_'."
+                f"name is {self.name!r}, but it names a folder, and in records {', '.join(NOT_FINITE)} are numbers: "
+                f"give it other letters, digits, '-' or '_'."
             )
         for name, kinds in PARTS.items():
             if not isinstance(getattr(self, name), kinds):

@@ -11,10 +11,11 @@ import contextlib
 import hashlib
 import importlib.util
 import linecache
+import os
 import re
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import fields, is_dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -43,9 +44,9 @@ def execute(path: Path) -> ModuleType:
             f"{path} is no Python file: a config is a .py file with `def config() -> Experiment`."
         )
     file = path.resolve()
-    name = f"{LOADED}{file.stem}_{hashlib.sha256(str(file).encode()).hexdigest()[:12]}"
+    name = f"{LOADED}{file.stem}_{hashlib.sha256(os.fsencode(file)).hexdigest()[:12]}"
     module = ModuleType(name)
-    module.__file__ = str(file)
+    module.__file__, module.__package__ = str(file), ""
     with told(path):
         # Its bytes, not its text: Python knows the encoding of a source, and says in a SyntaxError what is none.
         code = compile(file.read_bytes(), str(file), "exec", dont_inherit=True)
@@ -84,63 +85,114 @@ def told(path: Path, module: ModuleType | None = None) -> Iterator[None]:
         if isinstance(error, InputError):
             raise InputError(f"{place}: {error}") from error
         reason = f"{type(error).__name__}: {error}".rstrip(". ")
-        raise InputError(f"{place} fails with {reason}.{_keyword(error, module)}") from error
+        raise InputError(
+            f"{place} fails with {reason}.{_keyword(error, module)}{_relative(error)}"
+        ) from error
 
 
 def beside(path: Path) -> dict[str, Path]:
-    """Name -> file or package folder of everything beside `path` that it imports, directly or through one another.
+    """Dotted name -> file or package folder of everything beside `path` that it imports, directly or through one another.
 
-    Read from the source, so that imports inside functions count although they have not run.
+    Read from the source, so that imports inside functions count although they have not run. Of a folder without
+    `__init__.py` only what is imported counts, each file under its own name.
     """
     folder, found, queue = path.resolve().parent, {}, [path.resolve()]
     while queue:
         file = queue.pop()
-        for name in _imported(ast.parse(file.read_bytes(), str(file))):
-            target = folder / name if (folder / name / "__init__.py").is_file() else folder / f"{name}.py"
-            if name in found or not target.exists() or _is_own(name):
+        for imported in _imported(
+            ast.parse(file.read_bytes(), str(file)), file.parent.relative_to(folder).parts
+        ):
+            name, target = _lies(folder, imported)
+            if target is None or name in found or _is_own(name.partition(".")[0]):
                 continue
             found[name] = target
             queue += sorted(target.rglob("*.py")) if target.is_dir() else [target]
     return found
 
 
-def _imported(tree: ast.Module) -> list[str]:
-    """First parts of the names that the source imports, relative imports (within a package) left out."""
+@contextlib.contextmanager
+def alone() -> Iterator[None]:
+    """Let what is executed within import nothing from beside the files executed before it, as in a process of its own."""
+    path, folders = list(sys.path), list(_folders)
+    hidden = _forget(folders)
+    sys.path[:] = [p for p in path if p not in folders]
+    _folders.clear()
+    try:
+        yield
+    finally:
+        _forget(_folders)
+        sys.modules.update(hidden)
+        sys.path[:], _folders[:] = path, folders
+
+
+def _imported(tree: ast.Module, package: tuple[str, ...]) -> list[str]:
+    """Dotted names that the source of a file in `package` imports; `from a import b`: a.b, be b a module or not."""
     names: list[str] = []
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             names += [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
-            names.append(node.module)
-    return [name.partition(".")[0] for name in names]
+        elif isinstance(node, ast.ImportFrom) and node.level <= len(package):
+            above = package[: len(package) + 1 - node.level] if node.level else ()
+            whole = [*above, *([node.module] if node.module else [])]
+            names += [".".join([*whole, alias.name]) for alias in node.names]
+    return names
+
+
+def _lies(folder: Path, imported: str) -> tuple[str, Path | None]:
+    """The file or the package folder below `folder` that holds what is imported, and its own name; None: no such."""
+    name, place = "", folder
+    for part in imported.split("."):
+        name, place = f"{name}.{part}".lstrip("."), place / part
+        if (place / "__init__.py").is_file():
+            return name, place
+        if (file := place.with_name(f"{part}.py")).is_file():
+            return name, file
+    return name, None
 
 
 def _is_own(name: str) -> bool:
     return (OWN / name / "__init__.py").is_file()
 
 
+def _forget(folders: list[str], tops: Collection[str] | None = None) -> dict[str, ModuleType]:
+    """Take what was imported from the folders out of `sys.modules`; `tops`: of it, what has these first parts of names."""
+
+    def lies(name: str) -> bool:
+        known = getattr(sys.modules[name], "__dict__", {})
+        places = {os.path.splitext(p)[0] for p in (*known.get("__path__", ()), known.get("__file__") or "")}
+        return any(os.path.join(folder, *name.split(".")) in places for folder in folders)
+
+    names = {n: n.partition(".")[0] for n in list(sys.modules)}
+    gone = {top for n, top in names.items() if (tops is None or top in tops) and lies(n)}
+    return {n: sys.modules.pop(n) for n, top in names.items() if top in gone}
+
+
 def _make_importable(file: Path) -> None:
     """Let the file import what lies beside it, for the rest of the process (a `build()` may import late)."""
     folder = str(file.parent)
     helpers = beside(file)
-    for name in helpers:
-        old = getattr(sys.modules.get(name), "__file__", None)
-        if old and Path(old).parent != file.parent and any(Path(old).is_relative_to(f) for f in _folders):
-            # Two configs in one process may each have a helper of the same name: this one's is the one to import.
-            for known in [m for m in sys.modules if m == name or m.startswith(name + ".")]:
-                del sys.modules[known]
+    # Two configs in one process may each have a helper of the same name: this one's is the one to import.
+    _forget([f for f in _folders if f != folder], {name.partition(".")[0] for name in helpers})
     if folder in _folders or folder not in sys.path:
         _folders[:] = [folder, *(f for f in _folders if f != folder)]
         sys.path[:] = [p for p in sys.path if p not in _folders] + _folders
     importlib.invalidate_caches()
     for name, target in helpers.items():
-        spec = importlib.util.find_spec(name)
-        origin = Path(spec.origin) if spec and spec.origin and spec.has_location else None
+        origin = _origin(name)
         if origin is None or not _same(origin.resolve(), target.resolve()):
+            hides = origin or _origin(name.partition(".")[0]) or "built into Python"
             raise InputError(
-                f"it imports {name!r}, and {target} lies beside it, but {name!r} is {origin or 'built into Python'} "
+                f"it imports {name!r}, and {target} lies beside it, but {name!r} is {hides} "
                 f"already and that one would be imported. Rename the file beside the config."
             )
+
+
+def _origin(name: str) -> Path | None:
+    """The file that a module would be imported from; None where there is none."""
+    with contextlib.suppress(ModuleNotFoundError):  # what stands for the first part of the name is no package
+        spec = importlib.util.find_spec(name)
+        return Path(spec.origin) if spec and spec.origin and spec.has_location else None
+    return None
 
 
 def _same(found: Path, target: Path) -> bool:
@@ -201,3 +253,14 @@ def _keyword(error: Exception, module: ModuleType | None) -> str:
         return ""
     known = [f.name for f in fields(kind) if f.init]
     return f" {match[1]} has {', '.join(known)}{nearest(match[2], known)}."
+
+
+def _relative(error: Exception) -> str:
+    """What to write instead of `from .base import X`, where that is the error."""
+    if not isinstance(error, ImportError) or "no known parent package" not in str(error):
+        return ""
+    return (
+        " A config and the files beside it are run by themselves, not as parts of a package: import a file beside it by "
+        "its name alone (`from base import X`), and any other absolutely (`from package.base import X`), with the folder "
+        "that holds the package on PYTHONPATH."
+    )

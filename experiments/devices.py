@@ -12,7 +12,7 @@ from typing import Any
 
 from experiments.config import Devices
 from experiments.record_schema import RecordError
-from sharding.errors import InputError
+from sharding.errors import InputError, first_line
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,17 @@ def start(devices: Devices, processes: Processes | None = None, keep_memory: boo
         _pretend(devices.count, processes.count, keep_memory)
     if processes.coordinator:
         _connect(processes, devices)
-    found = jax.devices()
+    try:
+        found = jax.devices()
+    except (
+        RuntimeError,
+        AssertionError,
+    ) as error:  # what a backend raises that cannot start, each its own kind
+        asked = getattr(jax.config, "jax_platforms", "") or "any"
+        raise InputError(
+            f"jax cannot start the devices that are asked for (platform {asked}): {first_line(error)}. Install what the "
+            f'platform needs, set JAX_PLATFORMS to one that is there, or set devices.kind to "pretend".'
+        ) from error
     count = len(found) if devices.count == -1 else devices.count
     if count > len(found):
         raise InputError(
@@ -85,8 +95,8 @@ def _check(p: Processes, devices: Devices) -> None:
         )
 
 
-MOST_PRETEND = 4096
-"""Pretend devices that one process starts: each has threads and buffers of its own (4096: some 3 s and 0.6 GB)."""
+MOST_PRETEND = 2048
+"""Pretend devices of one process: from 2049 on XLA:CPU takes some for those of another process, and runs no program."""
 
 
 def check_pretend(count: int, processes: int, name: str = "devices.count") -> None:

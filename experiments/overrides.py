@@ -177,7 +177,8 @@ def _leaves(value: Any, prefix: str = "") -> Iterator[tuple[str, Leaf]]:
     """(field path with underscores, leaf) of every value of a dataclass; a bool also by its `no_` flag."""
     hints = get_type_hints(value if isinstance(value, type) else type(value))
     for field in dataclasses.fields(value):
-        now = getattr(value, field.name, ...)
+        factory = field.default_factory if isinstance(value, type) else None
+        now = factory() if callable(factory) else getattr(value, field.name, ...)
         whole = isinstance(now, (Rules, *get_args(Partitioner)))
         if dataclasses.is_dataclass(now) and not whole:
             yield from _leaves(now, f"{prefix}{field.name}.")

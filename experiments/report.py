@@ -39,7 +39,8 @@ def write_report(
         picture = '<img src="loss.svg" alt="Training and held-out loss">'
     except RecordError as error:
         picture = f"<p>{html.escape(str(error))}</p>"
-    command = (folder / "command.txt").read_text() if (folder / "command.txt").exists() else ""
+    asked = folder / "command.txt"
+    command = asked.read_text(encoding="utf-8", errors="replace") if asked.exists() else ""
     heldout = {
         "held-out bits per byte, measured": _number(result.heldout_bits_per_byte)
         + (f": {text['no_bits_per_byte']}" if "no_bits_per_byte" in text else ""),
@@ -68,7 +69,7 @@ def write_report(
         f"<h2>Config</h2><pre>{html.escape(json.dumps(to_json(experiment), indent=1))}</pre></html>",
     ]
     path = folder / "report.html"
-    path.write_text("\n".join(parts), encoding="utf-8")
+    path.write_text("\n".join(parts), encoding="utf-8", errors="replace")  # a path need not be UTF-8
     return path
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.config import Experiment, config_hash, load, to_json
-from experiments.config_file import beside, execute
+from experiments.config_file import alone, beside, execute
 from experiments.overrides import apply, groups, plain
 from sharding.errors import InputError
 
@@ -87,7 +87,14 @@ def write_run_config(folder: Path, origin: Origin, experiment: Experiment) -> No
             f"The run folder {folder} cannot be written: {error.strerror} ({error.filename}). Free space, change its "
             f"permissions, or name another folder."
         ) from error
-    load(folder / "config.py")
+    try:
+        with alone():
+            load(folder / "config.py")
+    except InputError as error:
+        raise InputError(
+            f"A run keeps a copy of its config and of the files beside it that import statements name, and this copy "
+            f"does not run again. {error}"
+        ) from error
 
 
 def differences(recorded: Any, now: Any, where: str = "") -> Iterator[str]:
@@ -138,8 +145,8 @@ def _copy(path: Path, target: Path) -> None:
     """Copy a file to `target`, and what the file imports from beside it next to that."""
     shutil.copyfile(path, target)
     for helper in beside(path).values():
-        to = target.parent / helper.name
-        if helper.name in RESERVED:
+        to = target.parent / helper.relative_to(path.resolve().parent)
+        if to in [target.parent / name for name in RESERVED]:
             raise InputError(
                 f"{path} imports {helper}, but a run folder has its own {helper.name}. Give that file another name."
             )
@@ -150,6 +157,7 @@ def _copy(path: Path, target: Path) -> None:
                 f"{path} imports {helper}, but the run folder has another {helper.name}. Rename one of them."
             )
         else:
+            to.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(helper, to)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ from typing import Any
 from experiments.agreement import said_by_all
 from experiments.checkpoint_folder import sealed_steps
 from experiments.config import Experiment, config_hash
+from experiments.records import scan
 from experiments.run_config import differences
 from sharding.errors import InputError
 
@@ -48,7 +50,7 @@ def to_resume(experiment: Experiment, resume: str, runs: Path) -> Path | None:
     if resume == "never":
         return None
     if resume == "latest":
-        found = [f for f in sorted((runs / experiment.name).glob("*-*")) if _steps(f)]
+        found = [f for f in _in_order(runs / experiment.name) if _steps(f)]
         if not found:
             raise InputError(
                 f"There is no run to resume: {runs / experiment.name} has no run with a checkpoint. Train first, name "
@@ -66,7 +68,18 @@ def to_resume(experiment: Experiment, resume: str, runs: Path) -> Path | None:
             f"The run in {folder} has no complete checkpoint to go on from. Give another run's folder, or start a new "
             f"run without --resume."
         )
-    return folder
+    return folder.resolve()
+
+
+def run_id(folder: Path) -> str:
+    """The id of the run in a folder: its newest header's, and while it has none, the folder's name.
+
+    So a folder that was renamed, or is reached by another path, still holds the same run. Process 0 looks and tells the
+    others (a collective). Raises RecordError for records that are damaged.
+    """
+    records = folder / "records.jsonl"
+    headers = scan(records).headers if records.exists() else []
+    return said_by_all(headers[-1].run if headers else folder.name)[0]
 
 
 def check_writable(runs: Path) -> None:
@@ -87,20 +100,43 @@ def new(experiment: Experiment, runs: Path, makes: bool) -> Iterator[Path]:
     that were made for it: there is nothing in it to go on from, and nothing to look at. A run that is killed then
     leaves its folder; `to_resume` passes over it.
     """
-    folder = runs / experiment.name / f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{config_hash(experiment)[:8]}"
-    made: list[Path] = []
-    if makes:
-        folder, made = _make(folder)
-    folder = agreed(folder)
+    made = make(runs / experiment.name, config_hash(experiment)) if makes else []
+    folder = agreed(made[0] if made else runs)
     try:
         yield folder
     except BaseException:
         if made and not _stepped(folder):
-            shutil.rmtree(folder, ignore_errors=True)
-            for above in made[1:]:
-                if not any(above.iterdir()):
-                    above.rmdir()
+            take_away(made)
         raise
+
+
+def make(place: Path, digest: str) -> list[Path]:
+    """Make the folder TIME-HASH in `place`, with -2, -3 ... where another run began in the same second.
+
+    Returns it and the folders above it that were made for it, innermost first. Raises InputError where none can be made.
+    """
+    wanted = place / f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{digest[:8]}"
+    folder, number = wanted, 1
+    above = [p for p in folder.parents if not p.exists()]
+    while True:
+        try:
+            folder.mkdir(parents=True)
+            return [folder, *above]
+        except FileExistsError:
+            if not folder.parent.is_dir():
+                raise _unwritable(folder, NotADirectoryError(20, "a file is in its place")) from None
+            number += 1
+            folder = wanted.with_name(f"{wanted.name}-{number}")
+        except OSError as error:
+            raise _unwritable(folder, error) from None
+
+
+def take_away(made: list[Path]) -> None:
+    """Undo `make`: the folder with all that is in it, and those above it in which there is nothing else."""
+    shutil.rmtree(made[0], ignore_errors=True)
+    for above in made[1:]:
+        if not any(above.iterdir()):
+            above.rmdir()
 
 
 def agreed(folder: Path) -> Path:
@@ -140,6 +176,15 @@ def check_same(folder: Path, was: dict[str, Any], now: dict[str, Any]) -> None:
         )
 
 
+def _in_order(place: Path) -> list[Path]:
+    """The folders that `make` made in `place`, oldest first; copies and folders with names of one's own are none."""
+    found = {
+        f: re.fullmatch(r"(\d{8}-\d{6})-[0-9a-f]{8}(?:-(\d+))?", f.name) for f in sorted(place.glob("*"))
+    }
+    begun = {f: (name[1], int(name[2] or 1)) for f, name in found.items() if name}
+    return sorted(begun, key=lambda f: begun[f])
+
+
 def _steps(folder: Path) -> list[int]:
     checkpoints = folder / "checkpoints"
     return sealed_steps(checkpoints) if checkpoints.is_dir() else []
@@ -149,23 +194,6 @@ def _stepped(folder: Path) -> bool:
     """Whether the run of a new folder has done a step: its events, written line by line, then say so."""
     events = folder / "events.jsonl"
     return events.exists() and b'"first_step"' in events.read_bytes()
-
-
-def _make(folder: Path) -> tuple[Path, list[Path]]:
-    """The folder, with -2, -3 ... where another run began in the same second; what was made, innermost first."""
-    wanted, number = folder, 1
-    above = [p for p in folder.parents if not p.exists()]
-    while True:
-        try:
-            folder.mkdir(parents=True)
-            return folder, [folder, *above]
-        except FileExistsError:
-            if not folder.parent.is_dir():
-                raise _unwritable(folder, NotADirectoryError(20, "a file is in its place")) from None
-            number += 1
-            folder = wanted.with_name(f"{wanted.name}-{number}")
-        except OSError as error:
-            raise _unwritable(folder, error) from None
 
 
 def _unwritable(place: Path, error: OSError) -> InputError:

@@ -180,7 +180,7 @@ def _describe(run: Run, folder: Path, resumed: bool) -> None:
         words += ["--resume", str(folder)]
     else:
         write_run_config(folder, run.origin, run.experiment)
-    with open(folder / "command.txt", "a", encoding="utf-8") as file:
+    with open(folder / "command.txt", "a", encoding="utf-8", errors="surrogateescape") as file:
         file.write(shlex.join(words) + "\n")
 
 
@@ -190,7 +190,7 @@ def _header(run: Run, folder: Path, resumed: int | None) -> Header:
     device = run.devices[0]
     pretend = run.experiment.devices.kind == "pretend"
     return Header(
-        run=folder.name,
+        run=run_folder.run_id(folder),
         config_hash=config_hash(run.experiment),
         seed=run.experiment.seed,
         versions=installed_versions(),

@@ -102,7 +102,8 @@ def verify(
     outcomes.sort(key=lambda o: asked.index(o.case))
     terms, leaves = work.budget.terms, len(work.single.gradients)
     precision = "float64" if x64 else str(getattr(experiment.model, "dtype", "float32"))
-    return Verified(tuple(outcomes), steps, work.rows, terms, leaves, precision, work.budget.within)
+    rounding = tuple(sorted(work.budget.arbitrary(work.single.gradients, work.exact.gradients)))
+    return Verified(tuple(outcomes), steps, work.rows, terms, leaves, precision, work.budget.within, rounding)
 
 
 class _Work:

@@ -78,6 +78,8 @@ class Verified:
     """Type in which the model computes."""
     within: Mapping[str, str]
     """Kind of array -> a narrower dtype that the step itself casts to, whose rounding its budget holds; none: no entry."""
+    rounding: tuple[str, ...] = ()
+    """Parameters whose gradients are nothing but rounding: what the updates make of them is hardly judged."""
 
     @property
     def checked(self) -> tuple[Outcome, ...]:

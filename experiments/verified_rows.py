@@ -29,14 +29,17 @@ def batches(
     experiment: Experiment, dataset: Dataset, rows: int, steps: int, indices: Mapping[str, int]
 ) -> list[dict[str, np.ndarray]]:
     """Training rows with weights drawn anew: rows, positions and shards that all weighed the same would hide a mean of
-    means. The first eighth of the rows, one at least, weighs nothing. `indices`: entries drawn anew as well (`_drawn`).
+    means. After the first update, whose gradients are compared and must see every device, an eighth of the rows, one at
+    least, weighs nothing: in each update another one. `indices`: entries drawn anew as well (`_drawn`).
     """
     draw = np.random.default_rng(experiment.seed)
-    made = []
+    made, empty = [], max(rows // 8, min(rows - 1, 1))
     for step in range(steps):
         batch = dataset.rows("train", experiment.seed, step, rows, 0, rows)
         factor = draw.uniform(0.1, 2.0, batch["weights"].shape).astype(np.float32)
-        factor[: max(rows // 8, min(rows - 1, 1))] = 0.0
+        if step and empty:
+            at = (step - 1) % (rows // empty) * empty
+            factor[at : at + empty] = 0.0
         drawn = {k: _drawn(draw, batch[k], below) for k, below in indices.items()}
         made.append({**batch, **drawn, "weights": batch["weights"] * factor})
     return made

@@ -69,6 +69,12 @@ def print_verified(made: Verified, seconds: float) -> None:
             f"{who} computes in {dtype} by itself, whatever it is given: {whose} holds that rounding, and smaller errors "
             f"go unseen."
         )
+    if made.rounding:
+        console.print(
+            f"Nothing but rounding is the gradient of {', '.join(made.rounding)}: it does not change the loss, and the sign of "
+            f"its updates is arbitrary, so that they are hardly judged.",
+            markup=False,
+        )
     for kind in KINDS:
         worst = [(o.worst[kind], o) for o in checked if kind in o.worst]
         if worst:

@@ -246,7 +246,8 @@ def _names(headers: list[Header]) -> list[str]:
 
 
 def _unit(runs: list[Run]) -> str:
-    return "token" if all("vocab" in run.header.details.get("data", {}) for run in runs) else "example"
+    of = {"token" if "vocab" in run.header.details.get("data", {}) else "example" for run in runs}
+    return " or ".join(sorted(of, reverse=True))
 
 
 def _median_of_neighbours(y: list[float], reach: int) -> list[float]:

@@ -15,6 +15,7 @@ from typing import Any
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.textpath import TextPath
 
 COLUMN = 3.5
 """Width of one column of print, inches."""
@@ -151,8 +152,22 @@ def spread(centres: Sequence[float], sizes: Sequence[float], low: float, high: f
 
 
 def note(figure: Figure, text: str) -> None:
-    """A line of grey small print under the axes: what a reader must know to read the picture rightly."""
-    figure.supxlabel(text, fontsize=SMALL - 0.7, color=GREY, x=0.01, ha="left", linespacing=1.35)
+    """Lines of grey small print under the axes, as wide as the figure: what one must know to read the picture rightly."""
+    size, width = SMALL - 0.7, 0.98 * 72 * figure.get_size_inches()[0]
+    lines = [line for told in text.splitlines() for line in wrapped(told, size, width)]
+    figure.supxlabel("\n".join(lines), fontsize=size, color=GREY, x=0.01, ha="left", linespacing=1.35)
+
+
+def wrapped(text: str, size: float, width: float) -> list[str]:
+    """A text in lines of at most `width` points in letters of `size` points; a longer word has a line of its own."""
+    lines: list[str] = []
+    for word in text.split():
+        longer = f"{lines[-1]} {word}" if lines else word
+        if lines and TextPath((0, 0), longer, size=size).get_extents().width <= width:
+            lines[-1] = longer
+        else:
+            lines.append(word)
+    return lines
 
 
 def counted(number: float) -> str:

@@ -69,6 +69,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--every",
         type=int,
+        choices=range(1, 101),
         default=1,
         metavar="N",
         help="run about one test in N, always the same ones: a fast look at another Python or JAX",

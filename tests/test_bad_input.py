@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +16,7 @@ from experiments.data.text import Text
 from models.mlp_config import MLPConfig
 from models.transformer_config import TransformerConfig
 from sharding.errors import InputError
-from tests.small import shardlab, start
+from tests.small import ROOT, shardlab, start
 
 pytestmark = pytest.mark.usefixtures("at_home")
 
@@ -212,8 +214,34 @@ def test_more_pretend_devices_than_one_process_starts(
 ):
     monkeypatch.setattr(jax, "devices", lambda *_: pytest.fail("a backend was started"))
     said = refused(capsys, "train", "--devices.count", 100_000, "--mesh.data", -1)
-    assert "at most 4096" in said
+    assert "at most 2048" in said
     assert "explain" in said
+
+
+def test_the_most_pretend_devices_run_a_program(tmp_path: Path):
+    program = (
+        "import jax, jax.numpy as jnp; from experiments import devices; from experiments.config import Devices\n"
+        "found = devices.start(Devices(count=devices.MOST_PRETEND))\n"
+        "mesh = jax.sharding.Mesh(found, 'd')\n"
+        "place = jax.NamedSharding(mesh, jax.P('d'))\n"
+        "print(int(jax.jit(lambda x: x * 2, out_shardings=place)(jnp.ones(len(found), int)).sum()))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.stdout.strip() == str(2 * devices.MOST_PRETEND), done.stderr[-500:]
+
+
+def test_a_platform_that_cannot_start_is_said(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    def raising() -> None:
+        raise AssertionError
+
+    monkeypatch.setattr(jax, "devices", raising)
+    said = refused(capsys, "train", "--devices.kind", "present", "--devices.count", 8)
+    assert "cannot start the devices" in said
+    assert "JAX_PLATFORMS" in said
 
 
 @pytest.mark.parametrize(

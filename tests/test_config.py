@@ -80,6 +80,7 @@ def test_every_config_loads_says_what_it_is_and_can_be_recorded(path: Path) -> N
         ("def config(): ...\n", ("returns nothing (None)", "must return an Experiment")),
         ("def config(): return 3\n", ("type int", "must return an Experiment")),
         ("def config():\n    return {}['a']\n", ("mine.py, line 2: `return {}['a']`", "KeyError: 'a'")),
+        ("from .base import X\n", ("mine.py, line 1: `from .base", "`from base import X`", "`from package.base import X`")),
         ("import nothing_of_this_name\n", ("mine.py, line 1", "No module named 'nothing_of_this_name'")),
         ("def config(:\n", ("line 1: `def config(:`", "is not Python")),
         ("def config(a): ...\n", ("config() missing 1 required positional argument",)),
@@ -206,6 +207,8 @@ def test_an_edit_within_the_same_second_is_seen(tmp_path: Path) -> None:
         ({"log_every": 0}, ("log_every is 0",)),
         ({"name": "a/b"}, ("name is 'a/b'", "folder")),
         ({"name": ""}, ("name is ''",)),
+        ({"name": "NaN"}, ("name is 'NaN'", "in records NaN, Infinity", "other letters")),
+        ({"name": "caf\udce9"}, ("name is 'caf\\udce9'", "other letters")),
         ({"rules": data}, ("rules is", "function", "has a Rules")),
         ({"model": 3}, ("model is", "int", "ModelConfig")),
         ({"partitioner": "manual"}, ("partitioner is", "str", "Manual or Auto")),
@@ -452,6 +455,59 @@ def test_a_run_config_gives_the_same_value_after_everything_it_came_from_is_gone
     write_run_config(again, second, longer)
     shutil.rmtree(moved)
     assert to_json(load(again / "config.py")) == to_json(longer)
+
+
+def test_a_run_keeps_what_is_imported_of_a_folder_without_init(tmp_path: Path) -> None:
+    away, run = tmp_path / "away", tmp_path / "run"
+    write(away / "lib", "from .more import SEED\nfrom spaced.deep import whole\n", "util.py")
+    write(away / "lib", "SEED = 5\n", "more.py")
+    write(away / "lib", "1 / 0\n", "unused.py")
+    write(away / "spaced" / "deep" / "whole", "from .part import STEPS\n", "__init__.py")
+    write(away / "spaced" / "deep" / "whole", "STEPS = 9\n", "part.py")
+    write(away / "numpy", "", "not_numpys.py")
+    text = (
+        BASE + "import numpy\nfrom lib import util\n"
+        "def config(): return replace(quickstart(), seed=util.SEED, steps=util.whole.STEPS)\n"
+    )
+    origin = Origin(write(away, text))
+    experiment = origin.experiment()
+    assert (experiment.seed, experiment.steps) == (5, 9)
+    run.mkdir()
+    write_run_config(run, origin, experiment)
+    kept = {str(p.relative_to(run)) for p in run.rglob("*.py")} - {"config.py", "source.py"}
+    assert kept == {f"lib/{n}.py" for n in ("util", "more")} | {
+        f"spaced/deep/whole/{n}.py" for n in ("__init__", "part")
+    }
+    assert Path(sys.modules["lib.util"].__file__ or "").is_relative_to(away), "what trains is what was loaded"
+    shutil.rmtree(away)
+    assert to_json(load(run / "config.py")) == to_json(experiment)
+
+    other = tmp_path / "other"
+    write(other / "lib", "SEED = 7\n", "util.py")
+    text = BASE + "from lib import util\ndef config(): return replace(quickstart(), seed=util.SEED)\n"
+    assert load(write(other, text)).seed == 7, "each config has the folder beside it"
+
+
+def test_a_run_is_checked_without_what_lies_beside_the_original(tmp_path: Path) -> None:
+    write(tmp_path / "lib", "SEED = 5\n", "hidden_from_source.py")
+    text = (
+        BASE + "import importlib\nseed = importlib.import_module('lib.hidden_from_source').SEED\n"
+        "def config(): return replace(quickstart(), seed=seed)\n"
+    )
+    origin = Origin(write(tmp_path, text))
+    experiment, path, modules = origin.experiment(), list(sys.path), set(sys.modules)
+    (tmp_path / "run").mkdir()
+    with refused("that import statements name", "does not run again", "No module named 'lib'"):
+        write_run_config(tmp_path / "run", origin, experiment)
+    assert sys.path == path
+    assert modules <= set(sys.modules)
+    assert load(origin.path).seed == 5
+
+
+def test_a_folder_without_init_that_something_installed_hides_is_refused(tmp_path: Path) -> None:
+    write(tmp_path / "calendar", "A = 1\n", "mine.py")
+    with refused("imports 'calendar.mine'", "calendar.py already", "Rename"):
+        load(write(tmp_path, "from calendar.mine import A\n"))
 
 
 def test_a_run_config_whose_values_changed_names_them(tmp_path: Path, quickstart: Experiment) -> None:

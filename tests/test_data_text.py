@@ -430,3 +430,12 @@ class TestBPE:
         (folder / "tokenizer.json").write_text(train_bpe([b"abc abc"], 258).json, encoding="utf-8")
         with pytest.raises(InputError, match="it is another tokenizer"):
             WindowDataset(folder, 8)
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-32", "latin-1"])
+def test_one_small_file_in_any_encoding_has_a_held_out_side(encoding: str, tmp_path: Path) -> None:
+    for number in range(6):
+        file = tmp_path / f"{number}.txt"
+        file.write_bytes("".join(f"line {n} of some words\n" for n in range(300)).encode(encoding))
+        dataset = Text(path=str(file), length=16, encoding=encoding).open(tmp_path / "cache")
+        assert text_of(dataset, "heldout")

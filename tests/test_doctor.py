@@ -379,7 +379,7 @@ def wait_until(true: Any, seconds: float) -> None:
 BAD = {
     "no devices": (["--devices", "0"], "at least 1"),
     "uneven": (["--devices", "5", "--processes", "2"], "cannot be split evenly over 2"),
-    "too many": (["--devices", "100000"], "at most 8192"),
+    "too many": (["--devices", "100000"], "at most 2048"),
     "no processes": (["--processes", "0"], "at least 1"),
     "no time": (["--limit", "0"], "more than 0"),
     "a typo": (["--quik"], "quick"),

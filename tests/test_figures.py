@@ -219,6 +219,26 @@ def test_loss_is_in_bits_per_byte_where_every_run_can_say_so(tmp_path: Path) -> 
     assert not {"unigram 4.75", "xz 2.25"} & {t.get_text() for t in axes.texts}
 
 
+def test_curves_of_tokens_and_of_examples_are_both_named(tmp_path: Path) -> None:
+    images = replace(HEADER, run="images", details={"name": "images", "data": {"name": "digits"}})
+    paths = train(tmp_path / "text.jsonl"), train(tmp_path / "images.jsonl", images)
+    plain = [r for r in read(list(paths)) if r.kind == "step"]
+    assert loss_curves.draw(plain).axes[0].get_title("left") == "Loss (nats per token or example)"
+
+
+def test_small_print_stays_on_the_page() -> None:
+    with style.house("small print"):
+        figure = style.Figure(figsize=(style.COLUMN, 2))
+        style.note(
+            figure,
+            "Measured on 8 NVIDIA H100 80GB HBM3 devices. Lines: training batches; points: held-out data.",
+        )
+        figure.draw_without_rendering()
+        (said,) = figure.texts
+        assert len(said.get_text().splitlines()) == 2
+        assert said.get_window_extent().x1 <= figure.bbox.x1
+
+
 def resumed_on(path: Path, before: dict[str, Any], after: dict[str, Any]) -> list[Any]:
     """Records of a run that was resumed after step 20 with other rows to evaluate: what is known of the texts."""
     with Records(path, replace(HEADER, details={**HEADER.details, "evaluated": before})) as records:
@@ -445,6 +465,11 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert "saved as svg, pdf, png, not as gif" in capsys.readouterr().err
     assert figures.main(["--records", str(tmp_path / "nothing"), "--out", str(tmp_path)]) == 2
     assert "no records at" in capsys.readouterr().err
+
+
+def test_records_that_are_not_there_are_said_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert figures.main(["--records", str(tmp_path / "gone"), "--out", str(tmp_path)]) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
 
 
 def test_a_figure_of_ones_own_is_a_file_anywhere(tmp_path: Path) -> None:

@@ -8,13 +8,15 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import jax
 import pytest
 
-from experiments import assemble, cli, sweep_run
+from experiments import assemble, cli, run_folder, sweep_run
+from experiments.commands import sweep as sweep_command
 from experiments.config import to_json
 from experiments.events import read_events
 from experiments.feed import global_batch
@@ -235,7 +237,7 @@ def test_bad_input_is_one_paragraph(
     assert error.startswith("shardlab: ")
     assert error.count("\n") == 1
     assert all(s in error for s in said), error
-    assert not list(tmp_path.glob("runs/*/*/records.jsonl"))
+    assert not (tmp_path / "runs").exists(), "a run folder was left behind"
 
 
 def test_a_config_comes_first_and_a_folder_can_be_written(
@@ -247,6 +249,23 @@ def test_a_config_comes_first_and_a_folder_can_be_written(
     (tmp_path / "file").write_text("")
     assert cli.main(["sweep", config(ALL), "--runs", str(tmp_path / "file")]) == 2
     assert "cannot be written" in capsys.readouterr().err
+
+
+def test_two_sweeps_of_one_second_have_two_folders(
+    config: Callable[[str], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Clock:
+        @staticmethod
+        def now(zone: object) -> datetime:
+            return datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
+
+    monkeypatch.setattr(run_folder, "datetime", Clock)
+    mine, flags = Path(config(ALL)), sweep_command.Flags(runs=tmp_path / "runs")
+    first, second = (sweep_command._folder(mine, flags, load(mine), "0123abcd" * 8) for _ in range(2))
+    assert first == tmp_path / "runs" / "tiny" / "20260102-030405-0123abcd"
+    assert second.name == f"{first.name}-2"
+    for folder in (first, second):
+        assert {p.name for p in folder.iterdir()} == {"source.py", "config.json", "command.txt"}
 
 
 def test_scaling_quick_is_a_sweep_without_jax() -> None:

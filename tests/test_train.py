@@ -20,7 +20,7 @@ import tokenizers
 from experiments import run_folder
 from experiments.checkpoint_folder import seal, sealed_steps
 from experiments.config import load
-from experiments.records import read
+from experiments.records import read, scan
 from sharding.errors import InputError
 from tests.small import arrays, losses, only, place, shardlab, start, steps, until
 
@@ -206,6 +206,57 @@ def test_latest_is_the_newest_run_that_has_a_checkpoint(whole: tuple[Path, str])
     assert shardlab("train", "small.py", "--runs", "several", "--resume", "latest") == 0
     assert max(sealed_steps(old / "checkpoints")) == 8
     assert not any((newest / "checkpoints").iterdir())
+
+
+def test_latest_takes_no_copy_and_no_name_of_ones_own(whole: tuple[Path, str]):
+    run, _ = whole
+    first = _copy(run, "kept", only_step=4).rename("kept/small/20260102-030405-0123abcd")
+    for end in ("-2", "-9", "-10", "-backup", "-10-old"):
+        shutil.copytree(first, first.with_name(first.name + end))
+    for name in ("old-try", "zz-20260102-030405-0123abcd", "99990102-old"):
+        shutil.copytree(first, first.with_name(name))
+    found = run_folder.to_resume(load("small.py"), "latest", Path("kept"))
+    assert found == first.with_name(f"{first.name}-10")
+
+
+def test_a_run_under_another_name_is_still_that_run(whole: tuple[Path, str]):
+    run, _ = whole
+    mine = _copy(run, "renamed", only_step=4).rename("renamed/ren")
+    assert shardlab("train", "small.py", "--resume", mine) == 0
+    found = scan(mine / "records.jsonl")
+    assert [(h.run, h.resumed_step) for h in found.headers] == [(run.name, None), (run.name, 4)]
+    assert [r.step for r in read(mine / "records.jsonl") if r.kind == "step"] == list(range(1, 9))
+    assert losses(mine) == losses(run)
+
+
+def test_a_run_reached_by_another_path_is_its_folder(
+    whole: tuple[Path, str], monkeypatch: pytest.MonkeyPatch
+):
+    run, _ = whole
+    mine, small = _copy(run, "reached").absolute(), load("small.py")
+    link = mine.with_name("newest")
+    link.symlink_to(mine.name)
+    assert run_folder.to_resume(small, str(link), Path("reached")) == mine
+    monkeypatch.chdir(mine / "checkpoints")
+    assert run_folder.to_resume(small, "..", Path("reached")) == mine
+    (mine / "records.jsonl").unlink()
+    assert run_folder.run_id(mine) == mine.name, "a run without records goes by its folder"
+
+
+def test_names_that_are_not_utf8(capsys: pytest.CaptureFixture[str]):
+    """A name in Latin-1, as a shell gives it to Python: with a lone surrogate for the byte that is not UTF-8."""
+    shutil.copyfile("small.py", "caf\udce9.py")
+    shutil.copytree("corpus", "n\udce9")
+    words = ("--data.path", "n\udce9", "--steps", 1, "--sample.tokens", 0)
+    assert shardlab("train", "caf\udce9.py", "--runs", "odd", *words) == 0, capsys.readouterr().err
+    run = only(Path("odd"))
+    command = (run / "command.txt").read_bytes()
+    assert b"caf\xe9.py" in command
+    assert b"--data.path 'n\xe9'" in command
+    assert "caf\ufffd.py" in (run / "report.html").read_text(encoding="utf-8")
+    assert shardlab("explain", run / "config.py") == 0, capsys.readouterr().err
+    assert shardlab("train", "small.py", "--runs", "none", "--sample.prompt", "\udce9") == 2
+    assert "sample.prompt is '\\udce9', but text is UTF-8" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -57,9 +57,16 @@ def test_indices_hit_the_first_and_the_last_of_every_part(opened: Opened) -> Non
     for name in found:
         assert edges <= set(batch[name][1:].ravel().tolist())
         assert (batch[name].min(), batch[name].max()) == (0, 255)
-    assert not batch["weights"][0].any()
-    (one,) = batches(e, opened(e), 2, 1, found)
-    assert [bool(row.any()) for row in one["weights"]] == [False, True]
+
+
+def test_every_row_counts_in_the_first_update_and_an_eighth_of_them_not_in_each_later_one(
+    opened: Opened,
+) -> None:
+    e = small("transformer")
+    counts = lambda rows: [b["weights"].any(axis=1).tolist() for b in batches(e, opened(e), rows, 4, {})]
+    without = lambda at: [row != at for row in range(8)]
+    assert counts(8) == [[True] * 8, without(0), without(1), without(2)]
+    assert counts(2) == [[True, True], [False, True], [True, False], [False, True]]
 
 
 def test_a_training_that_leaves_the_numbers_is_refused(opened: Opened) -> None:

@@ -88,7 +88,8 @@ def _ordered(flags: Flags) -> tuple[Order, list[Probe]]:
     if flags.processes < 1:
         raise InputError(f"--processes is {flags.processes}, but it takes at least 1.")
     if flags.devices is not None:
-        check_pretend(flags.devices, flags.processes, "--devices")
+        for processes in (1, flags.processes):  # one process has them all first
+            check_pretend(flags.devices, processes, "--devices")
     if not flags.limit > 0:
         raise InputError(f"--limit is {flags.limit}, but a check needs some seconds. Give it more than 0.")
     probes = catalogue(flags.probe)

@@ -68,9 +68,8 @@ def _run(options: argparse.Namespace) -> int:
         print(path)
     # Records given by hand feed some figures and not others; only a figure asked for by name must be there.
     optional = bool(options.records and not options.names and built)
-    for error in failed.values():
-        if error not in broken[:1]:
-            print(error, file=sys.stderr)
+    for said in dict.fromkeys(str(error) for error in failed.values() if error not in broken[:1]):
+        print(said, file=sys.stderr)
     write_json(options.json, _result(built, failed))
     if broken:
         raise broken[0]  # printed by the command line, with --debug below its traceback

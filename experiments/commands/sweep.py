@@ -7,12 +7,12 @@ take turns, round after round. Ctrl-C and SIGTERM finish the turn and leave the 
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import shutil
 import sys
 import time
 from dataclasses import asdict, dataclass, replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, cast
 
@@ -82,7 +82,7 @@ def main(argv: list[str]) -> int:
 
 def run(sweep: Sweep, config: Path, flags: Flags) -> Result:
     """Measure a sweep into a new folder of `flags.runs`. Raises InputError, and Disagreement for different losses."""
-    from experiments import devices
+    from experiments import devices, run_folder
     from experiments.config import config_hash
     from experiments.events import Events
     from experiments.progress import Progress
@@ -92,9 +92,10 @@ def run(sweep: Sweep, config: Path, flags: Flags) -> Result:
 
     began = time.perf_counter()
     digest = config_hash(cast(Any, sweep))
-    folder = _folder(config, flags, sweep, digest)
+    run_folder.check_writable(flags.runs)
     found = devices.start(sweep.base.devices)
     sides, dataset = prepare(sweep, found)
+    folder = _folder(config, flags, sweep, digest)  # only now, when nothing is refused any more
     about = header(sweep, folder.name, digest, found, sides, dataset)
     shared = found[0].platform == "cpu"
     with (
@@ -130,23 +131,24 @@ def run(sweep: Sweep, config: Path, flags: Flags) -> Result:
 
 def _folder(config: Path, flags: Flags, sweep: Sweep, digest: str) -> Path:
     """The sweep's new folder with what it was asked: source.py, config.json (every value) and command.txt."""
+    from experiments import run_folder
     from experiments.config import to_json
 
-    folder = flags.runs / sweep.name / f"{datetime.now(UTC).strftime('%Y%m%d-%H%M%S')}-{digest[:8]}"
     rounds = [] if flags.rounds is None else ["--rounds", str(flags.rounds)]
     document = {"config_hash": digest, "overrides": rounds, "sweep": to_json(sweep)}
+    made = run_folder.make(flags.runs / sweep.name, digest)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(config, folder / "source.py")
-        (folder / "config.json").write_text(json.dumps(document, indent=2, allow_nan=False) + "\n")
+        shutil.copyfile(config, made[0] / "source.py")
+        (made[0] / "config.json").write_text(json.dumps(document, indent=2, allow_nan=False) + "\n")
         command = shlex.join(["shardlab", "sweep", str(config), *rounds])
-        (folder / "command.txt").write_text(command + "\n")
+        (made[0] / "command.txt").write_bytes(os.fsencode(command + "\n"))
     except OSError as error:
+        run_folder.take_away(made)
         raise InputError(
-            f"The run folder {folder} cannot be written ({error.strerror}). Make it writable, or give another place "
+            f"The run folder {made[0]} cannot be written ({error.strerror}). Make it writable, or give another place "
             f"with --runs."
         ) from None
-    return folder
+    return made[0]
 
 
 def _sharing(cores: int) -> str:

@@ -41,7 +41,7 @@ class Flags:
 def main(argv: list[str]) -> int:
     """Verify; 0 when every mesh agrees with one device, 1 when one departs or cannot be judged."""
     experiment, flags, origin = cli.read(argv, Flags)
-    meshes = tuple(_mesh(text) for text in flags.meshes)
+    meshes = tuple(dict.fromkeys(_mesh(text) for text in flags.meshes))
     if "--meshes" in argv and not meshes:
         raise InputError(
             "--meshes names no mesh. Give some, such as --meshes data=2,tensor=4, or leave it out for all."

@@ -20,12 +20,17 @@ part of what the updates made of it, not of its own size, or one that is never u
 No gradient may be off by more than HALF of its scale: zeros in its place are off by all of it, a factor of two as well. No
 parameter may be off by more than PLAIN of what the updates made of it, for then it was not updated; but where one device
 itself is off by more than HALF of that, the updates are nothing but rounding and nothing is said of them.
+
+A gradient that is nothing in exact arithmetic (of a number that is added to all that a softmax sees) is rounding, and so of
+any size and sign from one order of summing to the next: it may be off by FEW times the rounding of a sum as large as the
+largest gradient. What an optimizer makes of it is arbitrary, and may be off by FEW times what the updates made of any
+parameter.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
 import jax.numpy as jnp
@@ -108,40 +113,69 @@ class Budget:
         single: Mapping[str, np.ndarray],
         exact: Mapping[str, np.ndarray],
         moved: Mapping[str, float] | None = None,
+        arbitrary: Collection[str] = (),
     ) -> list[Compared]:
-        """Every array of `found` against one device: `single` in the working precision, `exact` in double. `moved`, of
-        parameters: the root mean square of what the updates made of each, in its own units.
+        """Every array of `found` against one device: `single` in the working precision, `exact` in double. `moved`: the
+        root mean square of what the updates made of each parameter, in its own units. `arbitrary`: arrays that rest on
+        gradients that are nothing but rounding, and these gradients.
         """
         norm = NORMS[kind]
         floats = [p for p, x in exact.items() if np.issubdtype(x.dtype, np.floating)]
+        most = max((norm(exact[p]) for p in floats), default=0.0)
+        moves = max((moved or {}).values(), default=0.0)
         # An array that is nothing but rounding (the bias of a key, which a softmax does not see) has no scale of its own.
-        least = UNITS["float32"] * max((norm(exact[p]) for p in floats), default=0.0)
-        scales = {p: max(norm(exact[p]), least, 1e-300) for p in floats}
+        least = {
+            p: moves if p in arbitrary and kind != "gradient" else UNITS["float32"] * most for p in floats
+        }
+        scales = {p: max(norm(exact[p]), least[p], 1e-300) for p in floats}
         noise = {p: norm(_wide(single[p]) - _wide(exact[p])) / scales[p] for p in floats}
-        usual = float(np.median(list(noise.values()))) if noise else 0.0
+        told = [n for p, n in noise.items() if p not in arbitrary]
+        usual = float(np.median(told)) if told else 0.0
+        small = self._unit * (FEW + math.sqrt(self.terms)) * most
         made = []
         for p, want in exact.items():
             mine = found.get(p)
             if mine is None or mine.shape != want.shape:
                 made.append(Compared(kind, p, math.inf, 0.0, 0.0))
-            elif p not in noise:
+                continue
+            if p not in noise:
                 made.append(Compared(kind, p, float(np.any(mine != want)), 0.0, 1.0))
-            else:
-                right = want if self.double else single[p]
-                error = norm(_wide(mine) - _wide(right)) / scales[p] if np.isfinite(mine).all() else math.inf
-                part = 1.0 if moved is None else moved[p] / scales[p]
-                room = self.room(kind, max(noise[p], usual), part)
-                if moved is not None and noise[p] <= HALF * part:
-                    room = min(room, PLAIN * part)
-                allowed = min(room, HALF) if kind == "gradient" else room
-                made.append(Compared(kind, p, error, allowed, scales[p], allowed < error <= min(room, PLAIN)))
+                continue
+            right = want if self.double else single[p]
+            error = norm(_wide(mine) - _wide(right)) / scales[p] if np.isfinite(mine).all() else math.inf
+            part = moved[p] / scales[p] if moved and kind == "parameter" else 1.0
+            room = self.room(kind, max(noise[p], usual), part)
+            allowed = room
+            if p in arbitrary:
+                over = max(small, usual * most) if kind == "gradient" else moves
+                room = allowed = max(room, FEW * over / scales[p])
+            elif kind == "gradient" and norm(want) <= small:
+                room = allowed = max(room, FEW * small / scales[p])
+            elif kind == "gradient":
+                allowed = min(room, HALF)
+            elif kind == "parameter" and moved and noise[p] <= HALF * part:
+                room = allowed = min(room, PLAIN * part)
+            made.append(Compared(kind, p, error, allowed, scales[p], allowed < error <= min(room, PLAIN)))
         return made
+
+    def arbitrary(self, single: Mapping[str, np.ndarray], exact: Mapping[str, np.ndarray]) -> frozenset[str]:
+        """The gradients that are nothing but rounding: what an optimizer that divides by them or takes their sign makes of
+        them is arbitrary. Zeros are not: where no gradient comes at all, none is rounded.
+        """
+        most = max((largest(g) for g in exact.values()), default=0.0)
+        least = UNITS["float32"] if not self.double else MARGIN * self._unit * (FEW + math.sqrt(self.terms))
+        return frozenset(
+            p for p, g in exact.items() if largest(g) <= least * most and largest(g) + largest(single[p]) > 0
+        )
+
+    @property
+    def _unit(self) -> float:
+        return UNITS["float64" if self.double else "float32"]
 
     def room(self, kind: str, noise: float, part: float = 1.0) -> float:
         """What rounding may make of an array of a kind, relative to its scale, where one device is `noise` from double.
         `part`: the part of the array, relative to its scale, that was computed and can have been rounded to a narrower type.
         """
-        unit = UNITS["float64" if self.double else "float32"]
         if self.double:
             noise *= UNITS["float64"] / UNITS["float32"]
         own = self.within.get(kind)
@@ -150,7 +184,7 @@ class Budget:
             # AdamW divides a gradient by its own size: where that is nothing but rounding the update's sign is arbitrary.
             narrow = min(math.sqrt(narrow), HALF)
         narrow *= part
-        return max(MARGIN * noise, unit * (FEW + math.sqrt(self.terms)), narrow)
+        return max(MARGIN * noise, self._unit * (FEW + math.sqrt(self.terms)), narrow)
 
 
 def _wide(x: np.ndarray) -> np.ndarray:

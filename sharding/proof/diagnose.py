@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -30,6 +30,15 @@ class Error:
     allowed: float
     """Difference, relative to the largest entry of `want`, that rounding may make."""
     replicas: tuple[str, ...] = ()
+    shards: Mapping[str, np.ndarray] = field(default_factory=dict)
+    """As in `witness.Seen`."""
+
+    def shard(self, at: int) -> np.ndarray:
+        """The shard of a split dim that each of its positions lies in."""
+        n = self.want.shape[at]
+        parts = math.prod(self.sizes[a] for a in self.layout.dims[at])
+        given = self.shards.get(self.layout.names[at])
+        return np.arange(n) * parts // n if given is None else given
 
     @property
     def size(self) -> float:
@@ -50,20 +59,13 @@ def diagnose(error: Error) -> str:
     if not np.isfinite(error.found).all():
         bad = int(np.size(error.found) - np.isfinite(error.found).sum())
         return f"{bad} of its {error.found.size} entries are not finite"
-    wide = Error(
-        error.found.astype(np.float64),
-        error.want.astype(np.float64),
-        error.layout,
-        error.sizes,
-        error.allowed,
-        error.replicas,
-    )
+    wide = replace(error, found=error.found.astype(np.float64), want=error.want.astype(np.float64))
     if error.replicas:
         told = _replicas(wide)
         if told:
             return told
         first = wide.found.reshape(-1, *wide.want.shape)[0]
-        wide = Error(first, wide.want, wide.layout, wide.sizes, wide.allowed)
+        wide = replace(wide, found=first, replicas=())
     kinds: tuple[Callable[[Error], str], ...] = (_factor, _rows, _blocks, _place, _mask, _rounding)
     for kind in kinds:
         if told := kind(wide):
@@ -184,18 +186,17 @@ def _blocks(e: Error) -> str:
         parts = math.prod(e.sizes[a] for a in axes)
         if parts < 2 or e.want.shape[at] % parts:
             continue
-        found, want = (np.split(x, parts, axis=at) for x in (e.found, e.want))
+        shard = e.shard(at)
+        found, want = ([np.compress(shard == k, x, axis=at) for k in range(parts)] for x in (e.found, e.want))
         ratios = [_ratio(f, w) for f, w in zip(found, want, strict=True)]
-        known = [1.0 if r is None else r for r in ratios]
+        known = np.array([1.0 if r is None else r for r in ratios])
         if len({round(r, 6) for r in known}) < 2:
             continue
-        guess = np.concatenate([r * w for r, w in zip(known, want, strict=True)], axis=at)
-        if e.explains(guess):
+        along = tuple(-1 if d == at else 1 for d in range(e.want.ndim))
+        if e.explains(known[shard].reshape(along) * e.want):
             each = ", ".join(f"{r:.4g}" for r in known)
             if any(r == 0 for r in known) and all(r in (0, 1) or abs(r - 1) < 1e-3 for r in known):
-                return _dropped(
-                    e, at, np.flatnonzero(np.repeat([r == 0 for r in known], e.want.shape[at] // parts))
-                )
+                return _dropped(e, at, np.flatnonzero(known[shard] == 0))
             return (
                 f"each of the {parts} shards of {e.layout.names[at]} ({'/'.join(axes)}) is off by a factor of its own "
                 f"({each}): a mean over shards that do not weigh the same"
@@ -254,9 +255,9 @@ def _shard(e: Error, at: int, rows: np.ndarray) -> str:
     parts = math.prod(e.sizes[a] for a in axes)
     if parts < 2:
         return ""
-    width = e.want.shape[at] // parts
-    hit = sorted({int(r) // width for r in rows})
-    first = rows[0] % width == 0 and len(rows) == len(hit)
+    shard = e.shard(at)
+    hit = sorted({int(k) for k in shard[rows]})
+    first = len(rows) == len(hit) and all(shard[r] != shard[r - 1] for r in rows if r)
     where = (
         f"; in the first of each shard: {hit}"
         if first

@@ -33,22 +33,29 @@ def doubled(model: M) -> M:
 
 def narrowed(step: TrainStep, rows: int) -> dict[str, str]:
     """Kind of array -> the narrowest floating dtype to which a step in double casts something by itself on the way to it;
-    no entry where it casts nothing. For gradients forward and backward pass count, for what follows the optimizer too.
+    no entry where it casts nothing. For gradients forward and backward pass count, for what follows the optimizer too;
+    a cast on the way to a metric alone counts for metrics.
     """
     with jax.enable_x64(True):
         batch = {
             k: jax.ShapeDtypeStruct(x.shape, widened(x.dtype)) for k, x in step.abstract_batch(rows).items()
         }
-        traced = jax.make_jaxpr(step.updated)(step.abstract_state(), batch).jaxpr
-    gradients = _narrowest(_behind(traced, len(step.tree)))  # the last that `updated` returns
-    after = _narrowest(traced.eqns)
-    found = {"gradient": gradients} | dict.fromkeys(("loss", "parameter", "optimizer"), after)
+        traced, made = jax.make_jaxpr(step.updated, return_shape=True)(step.abstract_state(), batch)
+    state, metrics, gradients = jax.tree.unflatten(jax.tree.structure(made), traced.jaxpr.outvars)
+    behind = lambda *ends: _narrowest(_behind(traced.jaxpr, jax.tree.leaves(ends)))
+    after = behind(state)  # what later updates begin with
+    found = {
+        "gradient": behind(gradients),
+        "loss": behind(state, metrics),
+        "parameter": after,
+        "optimizer": after,
+    }
     return {kind: dtype for kind, dtype in found.items() if dtype}
 
 
-def _behind(jaxpr: Jaxpr, last: int) -> list[Any]:
-    """The equations that the last results of a jaxpr come from."""
-    needed, found = set(map(id, jaxpr.outvars[-last:])), []
+def _behind(jaxpr: Jaxpr, ends: Iterable[Any]) -> list[Any]:
+    """The equations that some results of a jaxpr come from."""
+    needed, found = set(map(id, ends)), []
     for eqn in reversed(jaxpr.eqns):
         if any(id(v) in needed for v in eqn.outvars):
             needed |= set(map(id, eqn.invars))

@@ -20,11 +20,12 @@ PARTS = {"gradient": "gradients", "loss": "metrics", "parameter": "params", "opt
 def compared(budget: Budget, found: Trial, single: Trial, exact: Trial) -> dict[str, list[Compared]]:
     """Kind -> every array of a trial against one device in the working precision and in double."""
     moved = {p: typical(w.astype(np.float64) - exact.initial[p]) for p, w in exact.params.items()}
+    rounding = budget.arbitrary(single.gradients, exact.gradients)
+    resting = {at for at in exact.optimizer if any(f"'{p}'" in at for p in rounding)}
+    arbitrary = {"loss": (), "gradient": rounding, "parameter": rounding, "optimizer": resting}
     made = {
         kind: budget.compare(
-            kind,
-            *(leaves(t, kind) for t in (found, single, exact)),
-            moved=moved if kind == "parameter" else None,
+            kind, *(leaves(t, kind) for t in (found, single, exact)), moved=moved, arbitrary=arbitrary[kind]
         )
         for kind in PARTS
     }

@@ -7,7 +7,7 @@ zero is the gradient with respect to the result. Nothing is rematerialized meanw
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -38,6 +38,8 @@ class Seen:
     gradient: np.ndarray | None
     """Of the summed loss; None for a tensor of integers."""
     replicas: tuple[str, ...] = ()
+    shards: Mapping[str, np.ndarray] = field(default_factory=dict)
+    """Of a name whose positions lie in an order of their own: position -> the shard that it lies in."""
 
     @property
     def title(self) -> str:
@@ -57,6 +59,16 @@ def witness(
         held = {p: put(params[p], rest[p]) for p in step.layouts}
         rows = {k: put(x, step.batch_shardings()[k]) for k, x in batch.items()}
         return _Listening(step, held, rows).run()
+
+
+def _natural(
+    x: np.ndarray, names: tuple[str, ...], orders: Mapping[str, tuple[np.ndarray, int]], leading: int
+) -> np.ndarray:
+    """`x`, whose dims after the first `leading` have these names, with every dim in its natural order."""
+    for dim, name in enumerate(names, leading):
+        if name in orders:
+            x = np.take(x, np.argsort(orders[name][0]), axis=dim)
+    return x
 
 
 class _Listener:
@@ -87,18 +99,24 @@ class _Listening:
             told = None if self.manual or self.step.split.mesh is None else copies(value)
             extra, whole = told or (replicas, value)
             back = None if gradient is None else host({"": gradient})[""]
-            value = self._natural(host({"": whole})[""], layout, len(extra))
-            out.append(Seen(tap, layout, value, None if back is None else self._natural(back, layout), extra))
+            value = host({"": whole})[""]
+            orders = self._orders(dict(zip(layout.names, value.shape[len(extra) :], strict=True)))
+            natural = lambda x, leading=0, names=layout.names, orders=orders: _natural(
+                x, names, orders, leading
+            )
+            shards = {name: np.argsort(at) * parts // at.size for name, (at, parts) in orders.items()}
+            of_loss = None if back is None else natural(back)
+            out.append(Seen(tap, layout, natural(value, len(extra)), of_loss, extra, shards))
         return out
 
-    def _natural(self, x: np.ndarray, layout: Layout, leading: int = 0) -> np.ndarray:
-        """`x`, whose dims after the first `leading` are the layout's, with every dim in its natural order."""
-        for dim, name in enumerate(layout.names, leading):
-            order, parts = self.step.split.layouts.order(name) if self.manual else (None, 1)
-            if order is not None:
-                at = order.position(np.arange(x.shape[dim]), x.shape[dim], parts)
-                x = np.take(x, np.argsort(at), axis=dim)
-        return x
+    def _orders(self, sizes: Mapping[str, int]) -> dict[str, tuple[np.ndarray, int]]:
+        """Of the names that lie in an order of their own: the position at each place, and over how many parts they lie."""
+        told = {n: self.step.split.layouts.order(n) for n in sizes} if self.manual else {}
+        return {
+            n: (order.position(np.arange(sizes[n]), sizes[n], parts), parts)
+            for n, (order, parts) in told.items()
+            if order is not None
+        }
 
     def _find(self) -> None:
         def note(tap: Tap, x: Array) -> None:

@@ -84,7 +84,12 @@ class Corpus:
 
     def _passages(self, file: SourceFile) -> Iterator[Document]:
         # Small files get smaller passages, so that at least 14 come out and one of them is held out.
-        target = max(1, min(PASSAGE_BYTES, file.size // (2 * HELDOUT_ONE_IN)))
+        size = file.size
+        if self.encoding != "utf-8" and size < 8 * HELDOUT_ONE_IN * PASSAGE_BYTES:
+            size = sum(
+                map(len, read_pieces(file.path, self.encoding))
+            )  # UTF-16 takes twice the bytes of UTF-8
+        target = max(1, min(PASSAGE_BYTES, size // (2 * HELDOUT_ONE_IN)))
         for number, text in enumerate(passages(read_pieces(file.path, self.encoding), target)):
             side = "heldout" if is_heldout_passage(file.name, number) else "train"
             yield Document(f"{file.name}#{number}", side, lambda text=text: (text,))
