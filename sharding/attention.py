@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import jax.numpy as jnp
@@ -73,6 +74,9 @@ def attention(
             f"least 1, or 0 for no bound. Change it."
         )
     region, dims, sight, pair = current(), None, Sight(mask, window), None
+    if region is not None and region.mesh is not None:
+        _check_fit(region, q, "heads", "queries")
+        _check_fit(region, k, "kv_heads", "keys")
     if region is not None and region.manual:
         dims, of_k = _inside(region)
         sight = Sight(mask, window, dims[1], of_k[1], *region.ordered("length"))
@@ -81,7 +85,9 @@ def attention(
             pair = tuple(region.move(segments, src, (dims[0], at[1])) for at in (dims, of_k))
         q = region.move(q, region.dims(names), dims)
         lies = region.dims(tuple("batch length kv_heads head_dim".split()))
-        k, v = region.move(k, lies, of_k), region.move(v, lies, of_k)
+        # Of use with queries that differ from device to device: what is gathered is then reduced and scattered back.
+        over = frozenset(axis for dim in dims for axis in dim)
+        k, v = region.move(k, lies, of_k, over), region.move(v, lies, of_k, over)
         if of_k[2] != dims[2]:
             k, v = (_heads_of(q, x, dims[2]) for x in (k, v))
     elif segments is not None:
@@ -128,6 +134,14 @@ def _inside(region: Region) -> tuple[Dims, Dims]:
         )
     same = of_k[2] == of_q[2]
     return (*of_q[:3], ()), (of_q[0], of_k[1], of_q[2] if same else (), ())
+
+
+def _check_fit(region: Region, x: Array, heads: str, places: str) -> None:
+    """InputError, with rule and line, where queries or keys do not divide as they are split inside attention."""
+    outside, sizes = region.dims(("batch", "length", heads, "head_dim")), region.layouts.sizes
+    counts = [math.prod(sizes[a] for a in axes) if region.manual else 1 for axes in outside]
+    shape = tuple(n * k for n, k in zip(x.shape, counts, strict=True))
+    region.layouts.check_fits("inside attention", ("batch", places, heads, "head_dim"), shape)
 
 
 def _heads_of(q: Array, kv: Array, axes: tuple[str, ...]) -> Array:

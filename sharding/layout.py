@@ -107,6 +107,10 @@ class Layouts:
             self._split_where_ordered(self.asked[names])
         return self.asked[names]
 
+    def check_fits(self, where: str, names: tuple[str, ...], shape: tuple[int, ...]) -> None:
+        """InputError, as of a parameter, where an activation of this global shape does not divide as the rules split it."""
+        self._chain("activation", where, names, shape, [() for _ in names], (), ())
+
     def param(self, path: str, names: tuple[str, ...], shape: tuple[int, ...]) -> ParamLayouts:
         """Layouts of a parameter of global `shape`, one a role, each starting from the one before."""
         if path not in self.params:

@@ -27,7 +27,8 @@ class Manual:
 
     products: Literal["none", "int8", "float8_e4m3fn", "float8_e5m2"] = "none"
     """Experiment: the type in which activations are multiplied with matrices in the forward pass, each row and column scaled
-    by its largest entry (`sharding.scaled`); "none" is their own. The backward pass is in the activations' type."""
+    by its largest entry (`sharding.scaled`); "none" is their own. The backward pass, attention's own products, convolutions
+    and experts without capacity are in the activations' type."""
 
     def __post_init__(self) -> None:
         if self.products not in PRODUCTS:

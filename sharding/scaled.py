@@ -52,7 +52,10 @@ def _rounded(x: Array, term: str, summed: set[str], scaling: Scaling) -> tuple[A
     top = jnp.max(jnp.abs(x), axis=tuple(d for d, n in enumerate(term) if n in summed), keepdims=True)
     if scaling.sums:
         top = lax.pmax(top, scaling.sums)
-    scale = jnp.where(top == 0, jnp.ones_like(top), top) / jnp.asarray(LARGEST[scaling.dtype], x.dtype)
+    least = jnp.asarray(
+        jnp.finfo(x.dtype).tiny, x.dtype
+    )  # a smaller scale is flushed to zero, and x / 0 is infinite
+    scale = jnp.maximum(top / jnp.asarray(LARGEST[scaling.dtype], x.dtype), least)
     y = x / scale
     return (jnp.round(y) if scaling.dtype == "int8" else y).astype(scaling.dtype), scale
 

@@ -295,6 +295,28 @@ def test_an_all_to_alls_traffic_is_its_closed_form() -> None:
     assert sum(x.bytes for x in sent if x.kind == "all-to-all") == config.layers * 2 * each
 
 
+def test_whole_key_heads_are_gathered_and_their_gradients_scattered_back() -> None:
+    n, config = 4, dataclasses.replace(shrunk(TransformerConfig()), length=64, kv_heads=2)
+    step = make_step(config, ulysses(kv_heads="whole"), MeshShape(context=n))
+    sent = collectives(traced(step), step.split.layouts.sizes)
+    keys = 2 * (config.length // n) * config.kv_heads * config.head_dim * 4
+    for kind in ("all-gather", "reduce-scatter"):
+        ours = [x for x in sent if x.kind == kind and x.op == "attention"]
+        assert sum(x.bytes for x in ours) == config.layers * 2 * (n - 1) * keys
+    assert all(x.source for x in sent)
+
+
+@pytest.mark.parametrize("by", [Manual(), Auto()], ids=["manual", "auto"])
+def test_heads_that_do_not_divide_inside_attention_are_refused_with_rule_and_line(by: Partitioner) -> None:
+    config = dataclasses.replace(shrunk(TransformerConfig()), length=64, kv_heads=2)
+    said = r"rule ulysses\(\) \(.*ulysses.py:\d+\) splits kv_heads = 2 into 4 parts \(context=4\).*kv_heads='whole'"
+    with pytest.raises(InputError, match=said):
+        traced(make_step(config, ulysses(), MeshShape(context=4), by))
+    few = dataclasses.replace(config, heads=4)
+    with pytest.raises(InputError, match="splits heads = 4 into 8 parts"):
+        traced(make_step(few, ulysses(kv_heads="whole"), MeshShape(context=8), by))
+
+
 def test_each_device_multiplies_the_same_and_no_more_than_the_triangle() -> None:
     """With tiles of a 16th of a chunk, a ring in zig-zag order computes the lower triangle and half its diagonal."""
     sizes, products = {"embed": 8, "heads": 1, "kv_heads": 1, "head_dim": 128, "mlp": 8, "vocab": 8}, {}

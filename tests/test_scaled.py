@@ -99,12 +99,15 @@ def test_int8_is_exact_where_every_row_holds_whole_numbers_up_to_127() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_rows_of_zeros_and_of_no_numbers(kind: str) -> None:
-    a = jnp.array([[0.0, 0.0], [jnp.nan, 1.0], [jnp.inf, 1.0], [1.0, 2.0]], jnp.float32)
+def test_rows_of_zeros_of_next_to_nothing_and_of_no_numbers(kind: str) -> None:
+    a = jnp.array(
+        [[0.0, 0.0], [jnp.nan, 1.0], [jnp.inf, 1.0], [1.0, 2.0], [1e-36, 0.0], [1e-37, 0]], jnp.float32
+    )
     found = np.asarray(scaled_product("ab,bc->ac", Scaling(kind, ()), a, jnp.ones((2, 3), jnp.float32)))
     assert (found[0] == 0).all()
     assert not np.isfinite(found[1:3]).any()
     np.testing.assert_allclose(found[3], 3.0, rtol=2 * EPS[kind])
+    assert (np.abs(found[4:]) < 2e-36).all()
 
 
 @functools.cache

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Literal
 
 from sharding.errors import InputError
@@ -22,7 +23,8 @@ def ulysses(axis: str = "context", kv_heads: Literal["split", "whole"] = "split"
         if "queries" in ask.names:
             return {"heads": also(axis)}
         if "keys" in ask.names:
-            return {"kv_heads": also(axis)} if kv_heads == "split" else {}
+            split = replace(also(axis), otherwise="give ulysses kv_heads='whole'")
+            return {"kv_heads": split} if kv_heads == "split" else {}
         return {n: also(axis) for n in ("length", "slots") if n in ask.names}
 
     return Rule(activation=place)
