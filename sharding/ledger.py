@@ -7,7 +7,7 @@ list is exact; under XLA's partitioner it holds none, since XLA decides after tr
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,9 +64,8 @@ def collectives(jaxpr: ClosedJaxpr, sizes: Mapping[str, int]) -> list[Collective
         if kind is None:
             continue
         named = eqn.params.get("axes", eqn.params.get("axis_name", ()))
-        axes = tuple(
-            a for a in (named if isinstance(named, (tuple, list)) else (named,)) if sizes.get(a, 1) > 1
-        )
+        given = named if isinstance(named, (tuple, list)) else (named,)
+        axes = tuple(a for a in sizes if a in given and sizes[a] > 1)
         n = math.prod(sizes[a] for a in axes)
         if n == 1:
             continue
@@ -161,18 +160,23 @@ def asked_by(eqn: Any) -> tuple[str, str]:
     package's line and function instead. ("", primitive) where jax kept no line.
     """
     traceback = eqn.source_info.traceback
-    frames = (
-        [] if traceback is None else [f for f in traceback.frames if frame_kind(f.file_name) != "library"]
-    )
-    op, own = eqn.primitive.name, None
-    for f in frames:
-        name = f.function_name.rpartition(".")[2]
-        if frame_kind(f.file_name) == "model":
-            return f"{f.file_name}:{f.line_num}", op
-        if f.file_name not in _MOVERS:
-            own = own or (f"{f.file_name}:{f.line_num}", name)
+    frames = [] if traceback is None else traceback.frames
+    return asked_from([(f.file_name, f.line_num, f.function_name) for f in frames], eqn.primitive.name)
+
+
+def asked_from(frames: Iterable[tuple[str, int, str]], op: str) -> tuple[str, str]:
+    """The same from (file, line, function), innermost first; `op` is what it is called where no function has called it."""
+    own = None
+    for file, line, function in frames:
+        if frame_kind(file) == "library":
+            continue
+        name = function.rpartition(".")[2]
+        if frame_kind(file) == "model":
+            return f"{file}:{line}", op
+        if file not in _MOVERS:
+            own = own or (f"{file}:{line}", name)
             own = (own[0], name) if own[1].startswith("<") else own  # a comprehension's function is around it
-        if f.file_name == _STEP:  # whoever stands further out called the step, and asked for nothing in it
+        if file == _STEP:  # whoever stands further out called the step, and asked for nothing in it
             break
         op = name
     return own or ("", op)
