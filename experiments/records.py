@@ -119,11 +119,13 @@ def read(paths: str | Path | Iterable[str | Path]) -> list[Record]:
 
     Records with a step: the newest of each (run, kind, provenance, step). Records without one are all kept,
     but a line that stands word for word in two files counts once. Warns (TornLineWarning) of a torn last
-    line; raises RecordError, naming file and line, for anything else that is damaged.
+    line; raises RecordError, naming file and line, for anything else that is damaged, and naming both files
+    where two hold one run that went on in each: a copy of a run's folder that was resumed.
     """
     if isinstance(paths, (str, Path)):
         paths = [paths]
     kept: dict[tuple[Any, ...], Record] = {}
+    held: dict[tuple[Any, ...], Path] = {}
     for path in dict.fromkeys(Path(p).resolve() for p in paths):
         found = scan(path)
         if found.torn:
@@ -134,6 +136,13 @@ def read(paths: str | Path | Iterable[str | Path]) -> list[Record]:
             )
         for record in found.records:
             key = _identity(record)
+            other = held.setdefault(key, path)
+            apart = other.parent != path.parent and record.step is not None
+            if apart and key in kept and kept[key].time != record.time:
+                raise RecordError(
+                    f"{other} and {path} both hold step {record.step} of the run {record.run}, from different times: one is "
+                    f"a copy of the other's folder, and a run went on there. Read one of them at a time."
+                )
             if key not in kept or record.time >= kept[key].time:
                 kept.pop(key, None)
                 kept[key] = record

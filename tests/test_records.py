@@ -188,6 +188,22 @@ def test_resumption_supersedes_what_came_after(tmp_path: Path) -> None:
     assert [r.step for r in read(path)] == [0, 10]
 
 
+def test_a_copy_that_went_on_is_not_read_with_its_original(tmp_path: Path) -> None:
+    """One run in two folders would be drawn as one curve, of which no folder holds the numbers."""
+    first, copy = (tmp_path / name / "records.jsonl" for name in ("run", "copy"))
+    for path in (first, copy):
+        path.parent.mkdir()
+    write_steps(first, range(0, 40, 10), loss=1.0)
+    copy.write_bytes(first.read_bytes())
+    assert read([first, copy]) == read(first)  # a copy alone says nothing new
+    write_steps(copy, range(30, 50, 10), loss=2.0)
+    for paths in ([first, copy], [copy, first]):
+        with pytest.raises(RecordError, match="both hold step 30 of the run") as error:
+            read(paths)
+        assert str(first) in str(error.value)
+        assert str(copy) in str(error.value)
+
+
 def test_resumption_on_another_mesh_is_told_per_record(tmp_path: Path) -> None:
     path = tmp_path / "records.jsonl"
     write_steps(path, range(2))

@@ -152,3 +152,18 @@ def test_a_metrics_cast_gives_room_to_metrics_alone(monkeypatch: pytest.MonkeyPa
     assert outcome.verdict == "departs"
     assert outcome.departure is not None
     assert "after the first update" in outcome.departure.what
+
+
+def test_a_model_need_not_read_all_that_its_dataset_has(opened: Opened) -> None:
+    whole = Pooling().build()
+
+    def loss(p: Any, batch: Any) -> Any:
+        return whole._loss(p, {**batch, "weights": jnp.ones(batch["labels"].shape, batch["features"].dtype)})
+
+    @dataclass(frozen=True)
+    class Part:
+        def build(self) -> Foreign:
+            return Foreign(whole._init, loss, {k: x for k, x in whole.inputs.items() if k != "weights"})
+
+    e = replace(small(rules=data()), model=Part())
+    assert only(judged(e, opened, DATA, Auto())).verdict == "agrees"

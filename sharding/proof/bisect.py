@@ -86,7 +86,7 @@ def _departure(
     if not worst.departs:
         return None
     want = exact if budget.double else single
-    looks = diagnose(Error(found, want, seen.layout, sizes, worst.allowed, replicas, seen.shards))
+    looks = diagnose(Error(found, want, seen.layout, sizes, worst.allowed, replicas, seen.places))
     what = seen.title if phase == "forward" else f"the gradient of {seen.title}"
     return Departure(phase, what, seen.layout.text(), placed(seen.layout), worst.error, worst.allowed, looks)
 

@@ -163,7 +163,7 @@ class Budget:
         them is arbitrary. Zeros are not: where no gradient comes at all, none is rounded.
         """
         most = max((largest(g) for g in exact.values()), default=0.0)
-        least = UNITS["float32"] if not self.double else MARGIN * self._unit * (FEW + math.sqrt(self.terms))
+        least = MARGIN * UNITS["float64"] * (FEW + math.sqrt(self.terms))
         return frozenset(
             p for p, g in exact.items() if largest(g) <= least * most and largest(g) + largest(single[p]) > 0
         )

@@ -30,15 +30,14 @@ class Error:
     allowed: float
     """Difference, relative to the largest entry of `want`, that rounding may make."""
     replicas: tuple[str, ...] = ()
-    shards: Mapping[str, np.ndarray] = field(default_factory=dict)
+    places: Mapping[str, np.ndarray] = field(default_factory=dict)
     """As in `witness.Seen`."""
 
     def shard(self, at: int) -> np.ndarray:
         """The shard of a split dim that each of its positions lies in."""
         n = self.want.shape[at]
         parts = math.prod(self.sizes[a] for a in self.layout.dims[at])
-        given = self.shards.get(self.layout.names[at])
-        return np.arange(n) * parts // n if given is None else given
+        return self.places.get(self.layout.names[at], np.arange(n)) * parts // n
 
     @property
     def size(self) -> float:

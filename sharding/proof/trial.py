@@ -88,8 +88,8 @@ class Ready:
         return going.trial()
 
     def put(self, batch: Mapping[str, np.ndarray]) -> dict[str, Any]:
-        lies = self.step.batch_shardings()
-        arrays = {k: x.astype(widened(x.dtype)) if self.double else x for k, x in batch.items()}
+        lies = self.step.batch_shardings()  # a model may read a part of what its dataset has
+        arrays = {k: batch[k].astype(widened(batch[k].dtype)) if self.double else batch[k] for k in lies}
         return {
             k: jnp.asarray(x) if lies[k] is None else jax.device_put(x, lies[k]) for k, x in arrays.items()
         }

@@ -38,8 +38,8 @@ class Seen:
     gradient: np.ndarray | None
     """Of the summed loss; None for a tensor of integers."""
     replicas: tuple[str, ...] = ()
-    shards: Mapping[str, np.ndarray] = field(default_factory=dict)
-    """Of a name whose positions lie in an order of their own: position -> the shard that it lies in."""
+    places: Mapping[str, np.ndarray] = field(default_factory=dict)
+    """Of a name whose positions lie in an order of their own: position -> its place in that order."""
 
     @property
     def title(self) -> str:
@@ -57,17 +57,17 @@ def witness(
         put = lambda x, s: jnp.asarray(wide(x)) if s is None else jax.device_put(wide(x), s)
         rest = {p: step.sharding(lies.param) for p, lies in step.layouts.items()}
         held = {p: put(params[p], rest[p]) for p in step.layouts}
-        rows = {k: put(x, step.batch_shardings()[k]) for k, x in batch.items()}
+        rows = {k: put(batch[k], s) for k, s in step.batch_shardings().items()}
         return _Listening(step, held, rows).run()
 
 
 def _natural(
-    x: np.ndarray, names: tuple[str, ...], orders: Mapping[str, tuple[np.ndarray, int]], leading: int
+    x: np.ndarray, names: tuple[str, ...], orders: Mapping[str, np.ndarray], leading: int
 ) -> np.ndarray:
     """`x`, whose dims after the first `leading` have these names, with every dim in its natural order."""
     for dim, name in enumerate(names, leading):
         if name in orders:
-            x = np.take(x, np.argsort(orders[name][0]), axis=dim)
+            x = np.take(x, np.argsort(orders[name]), axis=dim)
     return x
 
 
@@ -104,16 +104,16 @@ class _Listening:
             natural = lambda x, leading=0, names=layout.names, orders=orders: _natural(
                 x, names, orders, leading
             )
-            shards = {name: np.argsort(at) * parts // at.size for name, (at, parts) in orders.items()}
+            places = {name: np.argsort(at) for name, at in orders.items()}
             of_loss = None if back is None else natural(back)
-            out.append(Seen(tap, layout, natural(value, len(extra)), of_loss, extra, shards))
+            out.append(Seen(tap, layout, natural(value, len(extra)), of_loss, extra, places))
         return out
 
-    def _orders(self, sizes: Mapping[str, int]) -> dict[str, tuple[np.ndarray, int]]:
-        """Of the names that lie in an order of their own: the position at each place, and over how many parts they lie."""
+    def _orders(self, sizes: Mapping[str, int]) -> dict[str, np.ndarray]:
+        """Of the names that lie in an order of their own: the position at each place."""
         told = {n: self.step.split.layouts.order(n) for n in sizes} if self.manual else {}
         return {
-            n: (order.position(np.arange(sizes[n]), sizes[n], parts), parts)
+            n: order.position(np.arange(sizes[n]), sizes[n], parts)
             for n, (order, parts) in told.items()
             if order is not None
         }
