@@ -137,7 +137,7 @@ def read(paths: str | Path | Iterable[str | Path]) -> list[Record]:
         for record in found.records:
             key = _identity(record)
             other = held.setdefault(key, path)
-            apart = other.parent != path.parent and record.step is not None
+            apart = record.step is not None and other != path and not _beside(other, path)
             if apart and key in kept and kept[key].time != record.time:
                 raise RecordError(
                     f"{other} and {path} both hold step {record.step} of the run {record.run}, from different times: one is "
@@ -147,6 +147,11 @@ def read(paths: str | Path | Iterable[str | Path]) -> list[Record]:
                 kept.pop(key, None)
                 kept[key] = record
     return list(kept.values())
+
+
+def _beside(a: Path, b: Path) -> bool:
+    """Whether two files are what processes of one run wrote side by side."""
+    return a.parent == b.parent and any(p.name.startswith("process") for p in (a, b))
 
 
 def scan(path: str | Path) -> Scan:

@@ -53,11 +53,15 @@ def print_verified(made: Verified, seconds: float) -> None:
         )
     if made.coarse:
         titles = "; ".join(o.case.title for o in made.coarse)
-        console.print(
-            f"[bold]{len(made.coarse)} of {len(checked)} too coarse to judge[/]: {titles}. A gradient is off by more than half "
-            f"of its largest entry, which the rounding of {made.precision} may make here. Verify in float32 (--model.dtype "
-            f"float32) or with --x64."
+        own = made.within.get("gradient")
+        why = (
+            f"A gradient is off by no more than the rounding of {own}, in which the model computes by itself, may make of it. "
+            f"Verify the model without its own casts."
+            if own
+            else f"A gradient is off by more than half of its largest entry, which the rounding of {made.precision} may make "
+            f"here. Verify in float32 (--model.dtype float32) or with --x64."
         )
+        console.print(f"[bold]{len(made.coarse)} of {len(checked)} too coarse to judge[/]: {titles}. {why}")
     for dtype in sorted(set(made.within.values())):
         kinds = [kind for kind in KINDS if made.within.get(kind) == dtype]
         who, whose = (

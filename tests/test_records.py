@@ -188,11 +188,14 @@ def test_resumption_supersedes_what_came_after(tmp_path: Path) -> None:
     assert [r.step for r in read(path)] == [0, 10]
 
 
-def test_a_copy_that_went_on_is_not_read_with_its_original(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "files", [("run/records.jsonl", "copy/records.jsonl"), ("all/long.jsonl", "all/branch.jsonl")]
+)
+def test_a_copy_that_went_on_is_not_read_with_its_original(files: tuple[str, str], tmp_path: Path) -> None:
     """One run in two folders would be drawn as one curve, of which no folder holds the numbers."""
-    first, copy = (tmp_path / name / "records.jsonl" for name in ("run", "copy"))
+    first, copy = (tmp_path / name for name in files)
     for path in (first, copy):
-        path.parent.mkdir()
+        path.parent.mkdir(exist_ok=True)
     write_steps(first, range(0, 40, 10), loss=1.0)
     copy.write_bytes(first.read_bytes())
     assert read([first, copy]) == read(first)  # a copy alone says nothing new

@@ -30,7 +30,9 @@ EIGHT = MeshShape(data=8)
 
 @dataclass(frozen=True)
 class Pooling:
-    """Attention pooling in plain jax: no softmax sees the bias of its scores."""
+    """Attention pooling in plain jax: no softmax sees the bias of its scores, which are taken in `scores`' type, if any."""
+
+    scores: str = ""
 
     def build(self) -> Foreign:
         """The model."""
@@ -42,7 +44,8 @@ class Pooling:
 
         def loss(p: Any, batch: Any) -> dict[str, Array]:
             x = jnp.tanh(batch["features"].reshape(-1, 8, 8) @ p["enter"])
-            s = jax.nn.softmax((x @ p["score"]["kernel"] + p["score"]["bias"][None, None])[..., 0], -1)
+            z = (x @ p["score"]["kernel"] + p["score"]["bias"][None, None])[..., 0]
+            s = jax.nn.softmax(z.astype(self.scores or z.dtype), -1).astype(z.dtype)
             z = jax.nn.log_softmax(jnp.einsum("bl,bld->bd", s, x) @ p["out"])
             nats = -jnp.take_along_axis(z, batch["labels"][:, None], 1)[:, 0]
             return {"loss": jnp.sum(nats * batch["weights"]), "weight": jnp.sum(batch["weights"])}
@@ -64,6 +67,15 @@ def test_a_bias_that_no_softmax_sees_raises_no_alarm(seed: int, x64: bool, opene
     made = judged(e, opened, EIGHT, Auto(), x64, steps=5)
     assert made.rounding == ("score.bias",)
     assert only(made).verdict == "agrees", only(made)
+
+
+@pytest.mark.parametrize(("scores", "x64"), [("float32", True), ("float32", False), ("bfloat16", False)])
+def test_nor_where_the_model_casts_by_itself(scores: str, x64: bool, opened: Opened) -> None:
+    """To bfloat16 its rounding is no departure, and no agreement either."""
+    e: Experiment = replace(small(rules=data()), model=Pooling(scores), seed=4)
+    made = judged(e, opened, EIGHT, Auto(), x64, steps=3)
+    assert made.within.get("gradient", "") == (scores if x64 or scores == "bfloat16" else "float32")
+    assert only(made).verdict in ("agrees", "too coarse")[: 1 + (scores == "bfloat16")], only(made)
 
 
 def rounded(size: float, much: int = 4096) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], Budget]:

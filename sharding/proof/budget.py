@@ -24,7 +24,9 @@ itself is off by more than HALF of that, the updates are nothing but rounding an
 A gradient that is nothing in exact arithmetic (of a number that is added to all that a softmax sees) is rounding, and so of
 any size and sign from one order of summing to the next: it may be off by FEW times the rounding of a sum as large as the
 largest gradient. What an optimizer makes of it is arbitrary, and may be off by FEW times what the updates made of any
-parameter.
+parameter. A model that casts by itself casts in double too, which then does not tell such a gradient. Where it casts to
+float32, the rounding of that is the bound; where to a narrower type, an error of a gradient that the type's rounding of such a
+sum may make is too coarse to judge, and so is what the updates make of it.
 """
 
 from __future__ import annotations
@@ -131,7 +133,7 @@ class Budget:
         noise = {p: norm(_wide(single[p]) - _wide(exact[p])) / scales[p] for p in floats}
         told = [n for p, n in noise.items() if p not in arbitrary]
         usual = float(np.median(told)) if told else 0.0
-        small = self._unit * (FEW + math.sqrt(self.terms)) * most
+        small, narrow = (unit * (FEW + math.sqrt(self.terms)) * most for unit in (self._unit, self._narrow))
         made = []
         for p, want in exact.items():
             mine = found.get(p)
@@ -153,9 +155,10 @@ class Budget:
                 room = allowed = max(room, FEW * small / scales[p])
             elif kind == "gradient":
                 allowed = min(room, HALF)
+                room = max(min(room, PLAIN), FEW * narrow / scales[p] if norm(want) <= narrow else 0.0)
             elif kind == "parameter" and moved and noise[p] <= HALF * part:
                 room = allowed = min(room, PLAIN * part)
-            made.append(Compared(kind, p, error, allowed, scales[p], allowed < error <= min(room, PLAIN)))
+            made.append(Compared(kind, p, error, allowed, scales[p], allowed < error <= room))
         return made
 
     def arbitrary(self, single: Mapping[str, np.ndarray], exact: Mapping[str, np.ndarray]) -> frozenset[str]:
@@ -163,14 +166,26 @@ class Budget:
         them is arbitrary. Zeros are not: where no gradient comes at all, none is rounded.
         """
         most = max((largest(g) for g in exact.values()), default=0.0)
-        least = MARGIN * UNITS["float64"] * (FEW + math.sqrt(self.terms))
+        unit = max(MARGIN * UNITS["float64"], UNITS["float32"] if self._casts == "float32" else 0.0)
+        least = unit * (FEW + math.sqrt(self.terms))
         return frozenset(
             p for p, g in exact.items() if largest(g) <= least * most and largest(g) + largest(single[p]) > 0
         )
 
     @property
+    def _casts(self) -> str:
+        """The narrower type in which the model itself computes, in double too; "" for none."""
+        return self.within.get("gradient", "")
+
+    @property
     def _unit(self) -> float:
-        return UNITS["float64" if self.double else "float32"]
+        """Of the precision that sums are taken in, which a model's own float32 is in double as well."""
+        return UNITS["float64" if self.double and not self._casts else "float32"]
+
+    @property
+    def _narrow(self) -> float:
+        """Of a model's own type that is narrower than float32; 0 for none."""
+        return float(jnp.finfo(self._casts).eps) / 2 if self._casts not in ("", "float32") else 0.0
 
     def room(self, kind: str, noise: float, part: float = 1.0) -> float:
         """What rounding may make of an array of a kind, relative to its scale, where one device is `noise` from double.

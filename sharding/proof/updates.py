@@ -21,8 +21,12 @@ def compared(budget: Budget, found: Trial, single: Trial, exact: Trial) -> dict[
     """Kind -> every array of a trial against one device in the working precision and in double."""
     moved = {p: typical(w.astype(np.float64) - exact.initial[p]) for p, w in exact.params.items()}
     rounding = budget.arbitrary(single.gradients, exact.gradients)
-    resting = {at for at in exact.optimizer if any(f"'{p}'" in at for p in rounding)}
-    arbitrary = {"loss": (), "gradient": rounding, "parameter": rounding, "optimizer": resting}
+    gradients = budget.compare(
+        "gradient", found.gradients, single.gradients, exact.gradients, arbitrary=rounding
+    )
+    unsure = rounding | {c.path for c in gradients if c.coarse}
+    resting = {at for at in exact.optimizer if any(f"'{p}'" in at for p in unsure)}
+    arbitrary = {"loss": (), "gradient": rounding, "parameter": unsure, "optimizer": resting}
     made = {
         kind: budget.compare(
             kind, *(leaves(t, kind) for t in (found, single, exact)), moved=moved, arbitrary=arbitrary[kind]
