@@ -51,34 +51,7 @@ def print_verified(made: Verified, seconds: float) -> None:
             f"[bold]All {len(checked)} agree with one device[/] ({meshes} meshes; {made.leaves} arrays each, {made.steps} "
             f"updates of {made.rows} rows, {made.precision}, {clock(seconds)})"
         )
-    if made.coarse:
-        titles = "; ".join(o.case.title for o in made.coarse)
-        own = made.within.get("gradient")
-        why = (
-            f"A gradient is off by no more than the rounding of {own}, in which the model computes by itself, may make of it. "
-            f"Verify the model without its own casts."
-            if own
-            else f"A gradient is off by more than half of its largest entry, which the rounding of {made.precision} may make "
-            f"here. Verify in float32 (--model.dtype float32) or with --x64."
-        )
-        console.print(f"[bold]{len(made.coarse)} of {len(checked)} too coarse to judge[/]: {titles}. {why}")
-    for dtype in sorted(set(made.within.values())):
-        kinds = [kind for kind in KINDS if made.within.get(kind) == dtype]
-        who, whose = (
-            ("The model", "every budget")
-            if "gradient" in kinds
-            else ("The optimizer", f"the budget of {', '.join(kinds)}")
-        )
-        console.print(
-            f"{who} computes in {dtype} by itself, whatever it is given: {whose} holds that rounding, and smaller errors "
-            f"go unseen."
-        )
-    if made.rounding:
-        console.print(
-            f"Nothing but rounding is the gradient of {', '.join(made.rounding)}: it does not change the loss, and the sign of "
-            f"its updates is arbitrary, so that they are hardly judged.",
-            markup=False,
-        )
+    _rounding(console, made)
     for kind in KINDS:
         worst = [(o.worst[kind], o) for o in checked if kind in o.worst]
         if worst:
@@ -104,6 +77,37 @@ def print_verified(made: Verified, seconds: float) -> None:
             console.print(
                 f"\n[bold]{o.case.title}[/]: devices hold different values of {', '.join(o.uneven[:4])}"
             )
+
+
+def _rounding(console: Console, made: Verified) -> None:
+    """What rounding keeps from being judged."""
+    if made.coarse:
+        titles = "; ".join(o.case.title for o in made.coarse)
+        own = made.within.get("gradient")
+        why = (
+            f"A gradient is off by no more than the rounding of {own}, in which the model computes by itself, may make of it. "
+            f"Verify the model without its own casts."
+            if own
+            else f"A gradient is off by more than half of its largest entry, which the rounding of {made.precision} may make "
+            f"here. Verify in float32 (--model.dtype float32) or with --x64."
+        )
+        console.print(
+            f"[bold]{len(made.coarse)} of {len(made.checked)} too coarse to judge[/]: {titles}. {why}"
+        )
+    for dtype in sorted(set(made.within.values())):
+        kinds = [kind for kind in KINDS if made.within.get(kind) == dtype]
+        who = "The model" if "gradient" in kinds else "A metric" if kinds == ["loss"] else "The optimizer"
+        whose = "every budget" if "gradient" in kinds else f"the budget of {', '.join(kinds)}"
+        console.print(
+            f"{who} computes in {dtype} by itself, whatever it is given: {whose} holds that rounding, and smaller errors "
+            f"go unseen."
+        )
+    if made.rounding:
+        console.print(
+            f"Nothing but rounding is the gradient of {', '.join(made.rounding)}: it does not change the loss, and the sign of "
+            f"its updates is arbitrary, so that they are hardly judged.",
+            markup=False,
+        )
 
 
 _PHASES = {

@@ -101,17 +101,12 @@ def attention(
         q, k, v = (vary(x, union) for x in (q, k, v))
         pair = tuple(vary(x, union) for x in pair) if pair else None
     if region is not None and region.mesh is not None and not region.manual:
-        of_q, of_k = _inside(
-            region
-        )  # stated: XLA cannot bring whole key heads to split query heads by itself
+        of_q, of_k = _inside(region)  # stated: XLA does not bring whole key heads to split query heads
         q, k, v = region.constrain(q, of_q), region.constrain(k, of_k), region.constrain(v, of_k)
     made = _attend(q, k, v, sight, pair)
     if region is not None:
-        made = (
-            region.move(made, dims, region.dims(names))
-            if dims
-            else region.constrain(made, region.dims(names))
-        )
+        lies = region.dims(names)
+        made = region.move(made, dims, lies) if dims else region.constrain(made, lies)
     return tap("attention", names, made)
 
 

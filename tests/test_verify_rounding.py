@@ -15,6 +15,7 @@ from jax import Array, lax
 
 import sharding.step
 from experiments.config import Experiment
+from experiments.verified_tables import print_verified
 from models.mlp import MLP
 from sharding.axes import MeshShape
 from sharding.foreign import Foreign
@@ -74,7 +75,7 @@ def test_nor_where_the_model_casts_by_itself(scores: str, x64: bool, opened: Ope
     """To bfloat16 its rounding is no departure, and no agreement either."""
     e: Experiment = replace(small(rules=data()), model=Pooling(scores), seed=4)
     made = judged(e, opened, EIGHT, Auto(), x64, steps=3)
-    assert made.within.get("gradient", "") == (scores if x64 or scores == "bfloat16" else "float32")
+    assert made.within["gradient"] == scores
     assert only(made).verdict in ("agrees", "too coarse")[: 1 + (scores == "bfloat16")], only(made)
 
 
@@ -143,10 +144,14 @@ class _Watched(MLP):
         return {**super().loss(batch), "seen": lax.stop_gradient(seen.astype(batch["weights"].dtype))}
 
 
-def test_a_metrics_cast_gives_room_to_metrics_alone(monkeypatch: pytest.MonkeyPatch, opened: Opened) -> None:
+def test_a_metrics_cast_gives_room_to_metrics_alone(
+    monkeypatch: pytest.MonkeyPatch, opened: Opened, capsys: pytest.CaptureFixture[str]
+) -> None:
     e = replace(small(rules=data()), model=Own(_Watched))
     made = judged(e, opened, DATA)
     assert made.within == {"loss": "bfloat16"}
+    print_verified(made, 1.0)
+    assert "A metric computes in bfloat16 by itself" in capsys.readouterr().out
     assert only(made).verdict == "agrees"
     real = sharding.step.TrainStep.updated
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -21,18 +21,15 @@ def compared(budget: Budget, found: Trial, single: Trial, exact: Trial) -> dict[
     """Kind -> every array of a trial against one device in the working precision and in double."""
     moved = {p: typical(w.astype(np.float64) - exact.initial[p]) for p, w in exact.params.items()}
     rounding = budget.arbitrary(single.gradients, exact.gradients)
-    gradients = budget.compare(
-        "gradient", found.gradients, single.gradients, exact.gradients, arbitrary=rounding
-    )
-    unsure = rounding | {c.path for c in gradients if c.coarse}
+
+    def against(kind: str, arbitrary: Collection[str] = ()) -> list[Compared]:
+        sides = (leaves(trial, kind) for trial in (found, single, exact))
+        return budget.compare(kind, *sides, moved=moved, arbitrary=arbitrary)
+
+    made = {"gradient": against("gradient", rounding), "loss": against("loss")}
+    unsure = rounding | {c.path for c in made["gradient"] if c.coarse}
     resting = {at for at in exact.optimizer if any(f"'{p}'" in at for p in unsure)}
-    arbitrary = {"loss": (), "gradient": rounding, "parameter": unsure, "optimizer": resting}
-    made = {
-        kind: budget.compare(
-            kind, *(leaves(t, kind) for t in (found, single, exact)), moved=moved, arbitrary=arbitrary[kind]
-        )
-        for kind in PARTS
-    }
+    made |= {"parameter": against("parameter", unsure), "optimizer": against("optimizer", resting)}
     first = _first_metrics(budget, found, single, exact)
     made["loss"] = [max(pair, key=lambda c: c.share) for pair in zip(made["loss"], first, strict=True)]
     return made
