@@ -123,7 +123,7 @@ def read(argv: Sequence[str], flags: type[F]) -> tuple[Experiment, F, Origin]:
             f"{program} takes a CONFIG first, then flags{f', but got {argv[0]!r}' if argv else ''}. "
             f"For example: {program} configs/quickstart.py"
         )
-    path, argv = Path(argv[0]), [argv[0], *_spelled_out(argv[1:])]
+    typed, path, argv = tuple(argv), Path(argv[0]), [argv[0], *_spelled_out(argv[1:])]
     experiment = load(path)
     own = {field.name for field in dataclasses.fields(flags)}  # pyright: ignore[reportArgumentType]
     both = own & {field.name for field in dataclasses.fields(experiment)}
@@ -136,7 +136,7 @@ def read(argv: Sequence[str], flags: type[F]) -> tuple[Experiment, F, Origin]:
     overrides = tuple(word for group in groups(argv[1:]) if not mine(group[0]) for word in group)
     check_axes(overrides)
     _check_json(options)
-    return experiment, options, Origin(path, overrides)
+    return experiment, options, Origin(path, overrides, typed)
 
 
 def read_flags(argv: Sequence[str], flags: type[F]) -> F:

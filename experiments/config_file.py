@@ -103,7 +103,7 @@ def beside(path: Path) -> dict[str, Path]:
             ast.parse(file.read_bytes(), str(file)), file.parent.relative_to(folder).parts
         ):
             name, target = _lies(folder, imported)
-            if target is None or name in found or _is_own(name.partition(".")[0]):
+            if target is None or name in found or _is_own(folder, imported):
                 continue
             found[name] = target
             queue += sorted(target.rglob("*.py")) if target.is_dir() else [target]
@@ -150,8 +150,22 @@ def _lies(folder: Path, imported: str) -> tuple[str, Path | None]:
     return name, None
 
 
-def _is_own(name: str) -> bool:
-    return (OWN / name / "__init__.py").is_file()
+def _is_own(folder: Path, imported: str) -> bool:
+    """Whether an import means shardlab's package of that name: it does, unless only what lies in `folder` has such a thing."""
+    package = OWN / imported.partition(".")[0] / "__init__.py"
+    return package.is_file() and (_serves(OWN, imported) or not _serves(folder, imported))
+
+
+def _serves(folder: Path, imported: str) -> bool:
+    """Whether a module below `folder` is what is imported, or its source has the word that is imported of it."""
+    place, source = folder, b""
+    for name in imported.split("."):
+        files = place / name / "__init__.py", place / f"{name}.py"
+        file = next((f for f in files if f.is_file()), None)
+        if file is None and not (place / name).is_dir():
+            return bool(source and (name == "*" or re.search(rb"\b%s\b" % name.encode(), source)))
+        place, source = place / name, file.read_bytes() if file else b""
+    return True
 
 
 def _forget(folders: list[str], tops: Collection[str] | None = None) -> dict[str, ModuleType]:
@@ -180,7 +194,13 @@ def _make_importable(file: Path) -> None:
     for name, target in helpers.items():
         origin = _origin(name)
         if origin is None or not _same(origin.resolve(), target.resolve()):
-            hides = origin or _origin(name.partition(".")[0]) or "built into Python"
+            top = name.partition(".")[0]
+            if (OWN / top / "__init__.py").is_file():
+                raise InputError(
+                    f"it imports {name!r}, and {target} lies beside it, but shardlab's own package {top} ({OWN / top}) "
+                    f"hides what is called {top} beside a config. Rename {folder}/{target.relative_to(folder).parts[0]}."
+                )
+            hides = origin or _origin(top) or "built into Python"
             raise InputError(
                 f"it imports {name!r}, and {target} lies beside it, but {name!r} is {hides} "
                 f"already and that one would be imported. Rename the file beside the config."

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from experiments.config import Devices
@@ -179,12 +180,15 @@ def _leave(code: int) -> None:
 def cache_compilations(folder: str) -> None:
     """Keep compiled programs in a folder, so that the same step starts at once the next time.
 
-    A folder that the user chose (JAX_COMPILATION_CACHE_DIR) stays.
+    A folder that the user chose (JAX_COMPILATION_CACHE_DIR) stays. The first compilation makes the folder: a command that is
+    refused before leaves nothing. Raises InputError when it cannot be made.
     """
     import jax
 
+    from experiments.cli import check_folder
+
     if jax.config.values.get("jax_compilation_cache_dir"):
         return
-    os.makedirs(folder, exist_ok=True)
+    check_folder(Path(folder), "The cache of compiled programs (JAX_COMPILATION_CACHE_DIR)")
     jax.config.update("jax_compilation_cache_dir", folder)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)

@@ -85,6 +85,8 @@ def sample(step: TrainStep, params: Any, dataset: Dataset, ask: Sample, length: 
     import numpy as np
     from jax.sharding import NamedSharding, PartitionSpec
 
+    from sharding.params import drawing
+
     ids = dataset.encode(ask.prompt) or [0]
     sharding = step.batch_shardings()["tokens"]
     assert sharding is not None, "a model writes on a mesh, be it of one device"
@@ -102,12 +104,12 @@ def sample(step: TrainStep, params: Any, dataset: Dataset, ask: Sample, length: 
             return jnp.argmax(row)
         return jax.random.categorical(key, row / ask.temperature)
 
-    key = jax.random.key(seed)
-    for i in range(ask.tokens):
-        window = ids[-length:]
-        padded = np.zeros((rows, length), np.int32)
-        padded[:, : len(window)] = window
-        tokens = jax.make_array_from_callback(padded.shape, sharding, lambda index, p=padded: p[index])
-        at = np.int32(len(window) - 1)
-        ids.append(int(next_token(params, tokens, at, jax.random.fold_in(key, i))))
+    with drawing(seed) as key:
+        for i in range(ask.tokens):
+            window = ids[-length:]
+            padded = np.zeros((rows, length), np.int32)
+            padded[:, : len(window)] = window
+            tokens = jax.make_array_from_callback(padded.shape, sharding, lambda index, p=padded: p[index])
+            at = np.int32(len(window) - 1)
+            ids.append(int(next_token(params, tokens, at, jax.random.fold_in(key, i))))
     return dataset.decode(ids)

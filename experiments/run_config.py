@@ -4,15 +4,17 @@
     config.json  every value, the overrides and the hash
     config.py    a config file that loads source.py, applies the overrides and insists on the same values
 
-`shardlab train runs/NAME/TIME-HASH/config.py` therefore works after the original is changed or gone.
+`shardlab train runs/NAME/TIME-HASH/config.py` therefore works after the original is changed or gone; so does `shardlab
+sweep` with a sweep's (`experiments.sweep`).
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shlex
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,10 +29,16 @@ RESERVED = ("config.py", "source.py", "override_rules.py")
 
 @dataclass(frozen=True)
 class Origin:
-    """Where an experiment came from: a config file, and the overrides given with it on the command line."""
+    """Where a config's value came from: its file, the overrides given with it, and the command that was typed."""
 
     path: Path
     overrides: tuple[str, ...] = ()
+    typed: tuple[str, ...] = ()
+    """The words after `shardlab NAME`, the command's own flags included; empty where no command was typed."""
+
+    def command(self, name: str) -> str:
+        """`shardlab NAME ...` as a line for a shell: what was typed, or what would give the same value."""
+        return shlex.join(["shardlab", name, *(self.typed or (str(self.path), *self.overrides))])
 
     def experiment(self) -> Experiment:
         """The config's value with the overrides applied."""
@@ -49,22 +57,28 @@ class Recorded:
         made = load(folder / "source.py")
         if self.overrides:
             made = apply(made, self.overrides, base=folder)
-        if config_hash(made) == self.config_hash:
-            return made
-        try:
-            recorded = json.loads((folder / "config.json").read_text(encoding="utf-8"))["experiment"]
-        except (OSError, ValueError, KeyError, TypeError):
-            different = "what differs is unknown, since config.json beside it cannot be read"
-        else:
-            different = (
-                "; ".join(differences(recorded, to_json(made))) or "config.json agrees with what it gives now"
-            )
-        raise InputError(
-            f"{folder / 'source.py'} with its overrides ({shlex.join(self.overrides) or 'none'}) does not give the "
-            f"values that this run recorded (hash {self.config_hash[:8]}, now {config_hash(made)[:8]}): {different}. "
-            f"A default may have changed since, or the config depends on time or place. Put the values back, or train "
-            f"a config of your own."
+        check_recorded(folder, "experiment", made, self.overrides, self.config_hash)
+        return made
+
+
+def check_recorded(folder: Path, kind: str, made: Any, overrides: Sequence[str], digest: str) -> None:
+    """`InputError` with the fields in which what source.py in `folder` gives is not what config.json has under `kind`."""
+    if config_hash(made) == digest:
+        return
+    try:
+        recorded = json.loads((folder / "config.json").read_text(encoding="utf-8"))[kind]
+    except (OSError, ValueError, KeyError, TypeError):
+        different = "what differs is unknown, since config.json beside it cannot be read"
+    else:
+        different = (
+            "; ".join(differences(recorded, to_json(made))) or "config.json agrees with what it gives now"
         )
+    raise InputError(
+        f"{folder / 'source.py'} with its overrides ({shlex.join(overrides) or 'none'}) does not give the "
+        f"values that this run recorded (hash {digest[:8]}, now {config_hash(made)[:8]}): {different}. "
+        f"A default may have changed since, or the config depends on time or place. Put the values back, or run "
+        f"a config of your own."
+    )
 
 
 def write_run_config(folder: Path, origin: Origin, experiment: Experiment) -> None:
@@ -74,19 +88,30 @@ def write_run_config(folder: Path, origin: Origin, experiment: Experiment) -> No
     does not give the same values (a config that reads the clock or its own path).
     """
     path, overrides = _flattened(origin)
-    value, digest = to_json(experiment), config_hash(experiment)
-    try:
+    with _writing(folder):
         overrides = _keep_rules(folder, overrides)
+    stub = _stub(experiment.name, overrides, config_hash(experiment))
+    keep(folder, path, "experiment", experiment, overrides, stub, load)
+
+
+def keep(
+    folder: Path,
+    path: Path,
+    kind: str,
+    value: Any,
+    overrides: Sequence[str],
+    stub: str,
+    load: Callable[[Path], Any],
+) -> None:
+    """Write `path` as source.py with what it imports from beside it, config.json with `value` under `kind`, and `stub` as
+    config.py, which `load` must be able to run where nothing but the folder is left. `InputError` when it cannot.
+    """
+    document = {"config_hash": config_hash(value), "overrides": list(overrides), kind: to_json(value)}
+    text = json.dumps(document, indent=2, allow_nan=False) + "\n"
+    with _writing(folder):
         _copy(path, folder / "source.py")
-        document = {"config_hash": digest, "overrides": list(overrides), "experiment": value}
-        text = json.dumps(document, indent=2, allow_nan=False) + "\n"
         (folder / "config.json").write_text(text, encoding="utf-8")
-        (folder / "config.py").write_text(_stub(experiment.name, overrides, digest), encoding="utf-8")
-    except OSError as error:
-        raise InputError(
-            f"The run folder {folder} cannot be written: {error.strerror} ({error.filename}). Free space, change its "
-            f"permissions, or name another folder."
-        ) from error
+        (folder / "config.py").write_text(stub, encoding="utf-8")
     try:
         with alone():
             load(folder / "config.py")
@@ -94,6 +119,17 @@ def write_run_config(folder: Path, origin: Origin, experiment: Experiment) -> No
         raise InputError(
             f"A run keeps a copy of its config and of the files beside it that import statements name, and this copy "
             f"does not run again. {error}"
+        ) from error
+
+
+@contextlib.contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise InputError(
+            f"The run folder {folder} cannot be written: {error.strerror} ({error.filename}). Free space, change its "
+            f"permissions, or name another folder."
         ) from error
 
 

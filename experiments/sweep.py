@@ -9,11 +9,12 @@ import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast
 
-from experiments.config import Experiment, require
+from experiments.config import Experiment, config_hash, require
 from experiments.config_file import call, execute
 from experiments.field_types import check_types
+from experiments.run_config import Origin, check_recorded, keep
 from sharding.axes import MeshShape
 from sharding.errors import InputError
 from sharding.rule import Rules
@@ -112,6 +113,55 @@ def of(point: Point) -> Iterator[None]:
         yield
     except InputError as error:
         raise InputError(f"The point {point}: {error}") from error
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """What a sweep's config.py knows of its sweep."""
+
+    rounds: int
+    """As given on the command line, or else by the config."""
+    config_hash: str
+
+    def again(self, folder: Path) -> Sweep:
+        """The sweep, from source.py in `folder`; `InputError` with the fields that are not as recorded."""
+        made = replace(load(folder / "source.py"), rounds=self.rounds)
+        check_recorded(folder, "sweep", made, ("--rounds", str(self.rounds)), self.config_hash)
+        return made
+
+
+def write_sweep_config(folder: Path, origin: Origin, sweep: Sweep) -> None:
+    """Write source.py, config.json and config.py into the existing folder, and check that they run again: as for a run.
+
+    `InputError` when the folder cannot be written, or when the copy does not give the same values.
+    """
+    path = origin.path
+    if isinstance(getattr(execute(path), "RECORDED", None), Recorded):  # a sweep's config.py
+        path = path.resolve().parent / "source.py"
+    stub = STUB.format(
+        name=repr(sweep.name), rounds=sweep.rounds, digest=config_hash(cast("Experiment", sweep))
+    )
+    keep(folder, path, "sweep", sweep, origin.overrides, stub, load)
+
+
+STUB = '''"""The sweep {name} in this folder, with exactly its values.
+
+Command:  shardlab sweep CONFIG, where CONFIG is this file
+--rounds may follow. Loading it fails when the values are no longer those recorded.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from experiments.sweep import Recorded, Sweep
+
+RECORDED = Recorded(rounds={rounds}, config_hash="{digest}")
+
+
+def config() -> Sweep:
+    return RECORDED.again(Path(__file__).parent)
+'''
 
 
 def load(path: Path) -> Sweep:

@@ -174,14 +174,11 @@ def _state(run: Run, store: CheckpointStore, resumed: bool) -> tuple[Any, int]:
 
 
 def _describe(run: Run, folder: Path, resumed: bool) -> None:
-    """The config that can be run again, and the commands by which the run was started and taken up."""
-    words = ["shardlab", "train", str(run.origin.path), *run.origin.overrides]
-    if resumed:
-        words += ["--resume", str(folder)]
-    else:
+    """The config that can be run again, and the commands by which the run was started and taken up, as typed."""
+    if not resumed:
         write_run_config(folder, run.origin, run.experiment)
     with open(folder / "command.txt", "a", encoding="utf-8", errors="surrogateescape") as file:
-        file.write(shlex.join(words) + "\n")
+        file.write(run.origin.command("train") + "\n")
 
 
 def _header(run: Run, folder: Path, resumed: int | None) -> Header:

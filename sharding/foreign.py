@@ -18,7 +18,7 @@ from jax import Array
 
 from sharding.axes import PLACES
 from sharding.errors import InputError
-from sharding.params import Entry, param
+from sharding.params import Entry, drawing, param
 from sharding.paths import LEAVE, check_spoken, speaker, words
 from sharding.region import current
 
@@ -48,9 +48,9 @@ class Foreign(nnx.Module):
     ):
         self.inputs = dict(inputs)
         self._init, self._loss = init, loss
-        flat, self._structure = jax.tree_util.tree_flatten_with_path(
-            jax.eval_shape(lambda: _arrays(init(jax.random.key(0))))
-        )
+        with drawing(0) as key:
+            shapes = jax.eval_shape(lambda: _arrays(init(key)))
+        flat, self._structure = jax.tree_util.tree_flatten_with_path(shapes)
         leaves = [(_path(keys), leaf) for keys, leaf in flat]
         self._paths = tuple(path for path, _ in leaves)
         for path, leaf in leaves:
@@ -69,12 +69,13 @@ class Foreign(nnx.Module):
             check_spoken("A foreign model's vectors: the pattern", vectors, self._paths)
 
     def initial(self, seed: int) -> dict[str, np.ndarray]:
-        """Path -> initial array on the host: what `jax.jit(init)(jax.random.key(seed))` gives on one device.
+        """Path -> initial array on the host: what `jax.jit(init)(key)` gives on one device, `key` being `drawing(seed)`'s.
 
         Drawn whole, so that its bits do not depend on the mesh: compilers round the same formula differently for
         differently split arrays (see `sharding.params.normal`, which own models use). The model must fit one device.
         """
-        made = jax.device_get(jax.tree.leaves(jax.jit(self._init)(jax.random.key(seed))))
+        with drawing(seed) as key:
+            made = jax.device_get(jax.tree.leaves(jax.jit(self._init)(key)))
         return dict(zip(self._paths, made, strict=True))
 
     def loss(self, batch: dict[str, Array]) -> dict[str, Array]:

@@ -6,10 +6,11 @@ initial values all derive from it. In a train state parameters are one flat dict
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from statistics import NormalDist
 from typing import Any, Protocol, TypeVar
@@ -191,12 +192,22 @@ def values(model: Any) -> dict[str, jax.Array]:
     return {".".join(map(str, k)): v.get_value() for k, v in nnx.to_flat_state(nnx.state(model, nnx.Param))}
 
 
+@contextlib.contextmanager
+def drawing(seed: int) -> Iterator[jax.Array]:
+    """The key of a seed for what is drawn within, whatever jax's own settings are.
+
+    JAX_DEFAULT_PRNG_IMPL would change the numbers of a run, JAX_THREEFRY_PARTITIONABLE also from mesh to mesh, and no record
+    tells either.
+    """
+    with jax.threefry_partitionable(True):
+        yield jax.random.key(seed, impl="threefry2x32")
+
+
 def initial(tree: Mapping[str, ParamSpec], seed: int) -> dict[str, jax.Array]:
     """Initial parameters: each a pure function of (seed, path), hence bitwise equal on every mesh."""
-    key = jax.random.key(seed)
-    return {
-        p: s.init(jax.random.fold_in(key, zlib.crc32(p.encode())), s.shape, s.dtype) for p, s in tree.items()
-    }
+    with drawing(seed) as key:
+        keys = {p: jax.random.fold_in(key, zlib.crc32(p.encode())) for p in tree}
+        return {p: s.init(keys[p], s.shape, s.dtype) for p, s in tree.items()}
 
 
 def lay(whole: Mapping[str, np.ndarray], shardings: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from experiments.data.text import Text
 from models.mlp_config import MLPConfig
 from models.transformer_config import TransformerConfig
 from sharding.errors import InputError
-from tests.small import ROOT, shardlab, start
+from tests.small import ROOT, place, shardlab, start
 
 pytestmark = pytest.mark.usefixtures("at_home")
 
@@ -195,6 +196,52 @@ def test_a_run_folder_that_cannot_be_written(place_: str, capsys: pytest.Capture
     said = refused(capsys, "train", "--runs", place_)
     assert "cannot be written" in said
     assert "--runs" in said
+
+
+@pytest.mark.parametrize(
+    ("words", "says", "left"),
+    [
+        (("train", "small.py", "--data.path", "nowhere"), "nowhere", set()),
+        (("verify", "small.py", "--data.path", "nowhere"), "nowhere", set()),
+        # Refused after the corpus was made into token files: these serve the next command.
+        (("train", "small.py", "--rules", "data"), "no rule", {"data"}),
+    ],
+    ids=["train", "verify", "rules"],
+)
+def test_a_first_command_that_is_refused_leaves_nothing(
+    words: tuple[str, ...], says: str, left: set[str], tmp_path: Path
+):
+    place(tmp_path)
+    before = {p.name for p in tmp_path.iterdir()}
+    process = start(tmp_path, *words, JAX_COMPILATION_CACHE_DIR="")
+    said, _ = process.communicate(timeout=120)
+    assert process.returncode == 2, said
+    assert says in said
+    assert {p.name for p in tmp_path.iterdir()} - before == ({".cache"} if left else set())
+    assert {p.name for p in tmp_path.glob(".cache/*")} == left
+
+
+def test_compiled_programs_are_kept_from_the_first_on(tmp_path: Path):
+    program = (
+        "import os, jax; from experiments import devices\n"
+        "devices.cache_compilations('a/jax')\n"
+        "assert not os.path.exists('a')\n"
+        "jax.config.update('jax_persistent_cache_min_compile_time_secs', 0)\n"
+        "jax.jit(lambda x: x * 2)(1.0)\n"
+        "assert any(name.startswith('jit') for name in os.listdir('a/jax'))\n"
+    )
+    given = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_COMPILATION_CACHE_DIR": ""}
+    subprocess.run([sys.executable, "-c", program], cwd=tmp_path, env=given, check=True)
+
+
+def test_a_file_where_the_compiled_programs_belong(tmp_path: Path):
+    place(tmp_path)
+    (tmp_path / ".cache").touch()
+    process = start(tmp_path, "train", "small.py", JAX_COMPILATION_CACHE_DIR="")
+    said, _ = process.communicate(timeout=120)
+    assert process.returncode == 2, said
+    assert ".cache/jax" in said
+    assert "cannot be written" in said
 
 
 def test_a_file_where_the_runs_of_a_name_belong(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

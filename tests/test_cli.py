@@ -168,6 +168,23 @@ def test_nested_flags_of_a_command_are_no_overrides() -> None:
     assert origin.overrides == ("--steps", "9", "--mesh.tensor", "4")
 
 
+def test_the_command_is_kept_as_typed() -> None:
+    words = [
+        QUICKSTART,
+        "--runs",
+        "my runs",
+        "--devices",
+        "4",
+        "--mesh.data=4",
+        "--json=a.json",
+        "--resume",
+        "latest",
+    ]
+    _, _, origin = cli.read(words, train.Flags)
+    assert origin.typed == tuple(words)
+    assert "--devices.count" in origin.overrides, "what is applied is spelled out"
+
+
 def test_an_axis_given_twice_is_refused_for_every_command() -> None:
     with pytest.raises(InputError, match="'data' twice"):
         cli.read([QUICKSTART, "--mesh.data", "2", "--mesh.data=2"], train.Flags)

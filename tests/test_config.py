@@ -161,6 +161,48 @@ def test_a_helper_that_something_installed_hides_is_refused(tmp_path: Path) -> N
         load(write(tmp_path, "import calendar\n"))
 
 
+@pytest.mark.parametrize(
+    ("helper", "text"),
+    [
+        ("models/own.py", "from models.own import OWN\n"),
+        ("models/own.py", "import models.own\n"),
+        ("models/own.py", "from models import own\n"),
+        ("models/own.py", "def config():\n    from models.own import OWN\n"),
+        ("models/own/__init__.py", "from models.own import OWN\n"),
+        ("models/transformer.py", "from models.transformer import OWN\n"),
+        ("models/__init__.py", "from models import OWN\n"),
+        ("models.py", "from models import OWN\n"),
+        ("experiments/data/own.py", "from experiments.data.own import OWN\n"),
+        ("models/own.py", "import hlp\n"),
+    ],
+)
+def test_a_helper_that_a_package_of_shardlab_hides_is_refused(helper: str, text: str, tmp_path: Path) -> None:
+    write((tmp_path / helper).parent, "OWN = 1\n", Path(helper).name)
+    write(tmp_path, "def late():\n    from models.own import OWN\n", "hlp.py")
+    package = helper.partition("/")[0].removesuffix(".py")
+    with refused(str(tmp_path / package), f"shardlab's own package {package}", str(ROOT / package), "Rename"):
+        load(write(tmp_path, text))
+
+
+def test_what_bears_the_name_of_a_package_of_shardlab_may_lie_beside_a_config(tmp_path: Path) -> None:
+    write(tmp_path / "models", "OWN = 1\n", "__init__.py")
+    for folder, name in (
+        ("models", "own"),
+        ("models", "mlp_config"),
+        ("experiments", "config"),
+        ("tests", "a"),
+    ):
+        write(tmp_path / folder, "OWN = 1\n", f"{name}.py")
+    text = (
+        "import experiments.config\nimport models\nfrom models.mlp_config import *\n"
+        "from models.transformer_config import TransformerConfig\ndef config(): return quickstart()\n"
+    )
+    origin = Origin(write(tmp_path, BASE + text))
+    (tmp_path / "run").mkdir()
+    write_run_config(tmp_path / "run", origin, origin.experiment())
+    assert {p.name for p in (tmp_path / "run").iterdir()} == {"source.py", "config.json", "config.py"}
+
+
 def test_the_working_folder_first_on_the_path_hides_no_copy_of_a_helper(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -161,6 +161,16 @@ def test_initial_parameters_are_those_of_its_own_init_to_the_bit(case: str) -> N
     assert not any(np.any(jax.device_get(x)) for x in moments)
 
 
+@pytest.mark.parametrize("setting", ["rbg", "not partitionable"])
+def test_initial_parameters_depend_on_no_setting_of_jax(setting: str) -> None:
+    model = LINEN.build()
+    usual = model.initial(3)
+    with jax.default_prng_impl("rbg") if setting == "rbg" else jax.threefry_partitionable(False):
+        drawn = LINEN.build().initial(3)
+    for path, array in usual.items():
+        np.testing.assert_array_equal(drawn[path], array, err_msg=path)
+
+
 def test_paths_names_and_shapes_are_those_of_the_tree() -> None:
     tree = declare(LINEN.build())
     said = {p: " ".join(s.names) for p, s in tree.items()}

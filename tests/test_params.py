@@ -58,6 +58,18 @@ def test_initial_values_depend_on_seed_and_path_alone() -> None:
     assert not np.array_equal(first["layers.attention.k"], first["layers.attention.v"])
 
 
+@pytest.mark.parametrize("setting", ["rbg", "not partitionable"])
+def test_initial_values_depend_on_no_setting_of_jax(setting: str) -> None:
+    tree = declare(SMALL.build())
+    usual, jitted = initial(tree, 3), jax.jit(lambda: initial(tree, 3))()
+    other = jax.default_prng_impl("rbg") if setting == "rbg" else jax.threefry_partitionable(False)
+    with other:
+        drawn, again = initial(tree, 3), jax.jit(lambda: initial(tree, 3))()
+    for path in tree:
+        np.testing.assert_array_equal(usual[path], drawn[path])
+        np.testing.assert_array_equal(jitted[path], again[path])
+
+
 def test_bound_arrays_are_what_the_model_holds() -> None:
     model = Stacked()
     arrays = {p: jnp.zeros(s.shape, s.dtype) for p, s in declare(model).items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,21 @@ def test_only_tokens_of_the_data_are_drawn(wide: tuple[Any, dict[str, Any], Any]
     text = sample(step, params, dataset, Sample("def ", 6, temperature), 32, 0)
     assert text.startswith("def ")
     assert len(text) > len("def ")
+
+
+@pytest.mark.parametrize("setting", ["rbg", "not partitionable"])
+def test_a_sample_depends_on_no_setting_of_jax(setting: str) -> None:
+    e = load("small.py")
+    dataset, texts = e.data.open(Path("cache")), []
+    for other in (
+        contextlib.nullcontext(),
+        jax.default_prng_impl("rbg") if setting == "rbg" else jax.threefry_partitionable(False),
+    ):
+        step = train_step(e, jax.devices())
+        params = step.init(0)["params"]
+        with other:
+            texts.append(sample(step, params, dataset, Sample("def ", 6, 1.0), 32, 0))
+    assert texts[0] == texts[1]
 
 
 @pytest.mark.parametrize(

@@ -4,25 +4,28 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 import pytest
 
 from experiments import assemble, cli, run_folder, sweep_run
 from experiments.commands import sweep as sweep_command
-from experiments.config import to_json
+from experiments.config import config_hash, to_json
 from experiments.events import read_events
 from experiments.feed import global_batch
 from experiments.records import Record, read
+from experiments.run_config import Origin
 from experiments.sweep import load
 from paper_figures import build, scaling
+from sharding.errors import InputError
 
 ROOT = Path(__file__).resolve().parent.parent
 SCALING = ROOT / "configs" / "scaling_quick.py"
@@ -251,6 +254,40 @@ def test_a_config_comes_first_and_a_folder_can_be_written(
     assert "cannot be written" in capsys.readouterr().err
 
 
+def test_a_sweep_runs_again_from_its_folder_after_its_original_is_gone(
+    config: Callable[[str], str], tmp_path: Path
+) -> None:
+    away = tmp_path / "away"
+    away.mkdir()
+    (away / "parts.py").write_text("from deeper.few import ROUNDS\n")
+    (away / "deeper").mkdir()
+    (away / "deeper" / "few.py").write_text("ROUNDS = 1\n")
+    last = "from parts import ROUNDS\ndef config(): return tiny(ONE, TWO, rounds=ROUNDS, steps=1)"
+    mine = Path(config(last)).rename(away / "mine.py")
+    code, folder, records = swept(tmp_path, str(mine), "--rounds", "2", "--json", str(tmp_path / "out.json"))
+    assert code == 0
+    assert len(records) == 4
+    typed = f"shardlab sweep {mine} --rounds 2 --json {tmp_path / 'out.json'} --runs {tmp_path / 'runs'}\n"
+    assert (folder / "command.txt").read_text() == typed
+    kept = {str(p.relative_to(folder)) for p in folder.rglob("*.py")}
+    assert kept == {"config.py", "source.py", "parts.py", "deeper/few.py"}
+    recorded = json.loads((folder / "config.json").read_text())
+    shutil.rmtree(away)
+    shutil.rmtree(tmp_path / "text")  # nothing is measured again: the value is what must be the same
+    for name in ("mine", "parts", "deeper", "deeper.few"):
+        sys.modules.pop(name, None)
+    moved = folder.rename(tmp_path / "moved")
+    again = load(moved / "config.py")
+    assert to_json(again) == recorded["sweep"]
+    assert (again.rounds, config_hash(cast(Any, again))) == (2, recorded["config_hash"])
+    (moved / "deeper" / "few.py").write_text("ROUNDS = 3\n")
+    assert load(moved / "config.py").rounds == 2, "the rounds of the command are recorded"
+    source = moved / "source.py"
+    source.write_text(source.read_text().replace("steps=1", "steps=4"))
+    with pytest.raises(InputError, match="steps: recorded 1, now 4"):
+        load(moved / "config.py")
+
+
 def test_two_sweeps_of_one_second_have_two_folders(
     config: Callable[[str], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -261,11 +298,12 @@ def test_two_sweeps_of_one_second_have_two_folders(
 
     monkeypatch.setattr(run_folder, "datetime", Clock)
     mine, flags = Path(config(ALL)), sweep_command.Flags(runs=tmp_path / "runs")
-    first, second = (sweep_command._folder(mine, flags, load(mine), "0123abcd" * 8) for _ in range(2))
+    first, second = (sweep_command._folder(Origin(mine), flags, load(mine), "0123abcd" * 8) for _ in range(2))
     assert first == tmp_path / "runs" / "tiny" / "20260102-030405-0123abcd"
     assert second.name == f"{first.name}-2"
     for folder in (first, second):
-        assert {p.name for p in folder.iterdir()} == {"source.py", "config.json", "command.txt"}
+        assert {p.name for p in folder.iterdir()} == {"source.py", "config.json", "config.py", "command.txt"}
+        assert (folder / "command.txt").read_text() == f"shardlab sweep {mine}\n"
 
 
 def test_scaling_quick_is_a_sweep_without_jax() -> None:

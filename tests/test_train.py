@@ -50,6 +50,17 @@ def test_a_run_leaves_valid_records_that_fall(whole: tuple[Path, str]):
     assert {r.provenance for r in records} == {"measured"}
 
 
+def test_every_command_of_a_run_is_kept_as_typed(whole: tuple[Path, str]):
+    run, _ = whole
+    first = "shardlab train small.py --runs whole --json out/result.json\n"
+    assert (run / "command.txt").read_text() == first
+    mine = _copy(run, "typed", only_step=4)
+    assert shardlab("train", "small.py", "--runs", "typed", "--resume=latest", "--log-every", 2) == 0
+    second = "shardlab train small.py --runs typed --resume=latest --log-every 2\n"
+    assert (mine / "command.txt").read_text() == first + second
+    assert "--runs typed --resume=latest" in (mine / "report.html").read_text()
+
+
 def test_evaluation_stands_beside_unigram_and_xz_of_the_very_bytes_evaluated(whole: tuple[Path, str]):
     run, said = whole
     evals = {r.step: r.values for r in read(run / "records.jsonl") if r.kind == "eval"}

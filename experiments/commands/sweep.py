@@ -6,10 +6,7 @@ take turns, round after round. Ctrl-C and SIGTERM finish the turn and leave the 
 
 from __future__ import annotations
 
-import json
 import os
-import shlex
-import shutil
 import sys
 import time
 from dataclasses import asdict, dataclass, replace
@@ -19,7 +16,8 @@ from typing import Any, cast
 from experiments import cli
 from experiments.commands.train import EXIT_CODES
 from experiments.json_file import write_json
-from experiments.sweep import Sweep, load
+from experiments.run_config import Origin
+from experiments.sweep import Sweep, load, write_sweep_config
 from sharding.errors import InputError
 
 DISAGREE = 1
@@ -66,13 +64,13 @@ def main(argv: list[str]) -> int:
             f"For example: shardlab sweep configs/scaling_quick.py"
         )
     config, flags = Path(argv[0]), cli.read_flags(argv[1:], Flags)
-    sweep = load(config)
+    sweep, rounds = load(config), ()
     if flags.rounds is not None:
-        sweep = replace(sweep, rounds=flags.rounds)
+        sweep, rounds = replace(sweep, rounds=flags.rounds), ("--rounds", str(flags.rounds))
     from experiments.sweep_run import Disagreement
 
     try:
-        result = run(sweep, config, flags)
+        result = run(sweep, Origin(config, rounds, tuple(argv)), flags)
     except Disagreement as error:
         print(cli.paragraph(f"shardlab: {error}"), file=sys.stderr)
         return DISAGREE
@@ -80,7 +78,7 @@ def main(argv: list[str]) -> int:
     return EXIT_CODES[result.stopped]
 
 
-def run(sweep: Sweep, config: Path, flags: Flags) -> Result:
+def run(sweep: Sweep, origin: Origin, flags: Flags) -> Result:
     """Measure a sweep into a new folder of `flags.runs`. Raises InputError, and Disagreement for different losses."""
     from experiments import devices, run_folder
     from experiments.config import config_hash
@@ -95,7 +93,7 @@ def run(sweep: Sweep, config: Path, flags: Flags) -> Result:
     run_folder.check_writable(flags.runs)
     found = devices.start(sweep.base.devices)
     sides, dataset = prepare(sweep, found)
-    folder = _folder(config, flags, sweep, digest)  # only now, when nothing is refused any more
+    folder = _folder(origin, flags, sweep, digest)  # only now, when nothing is refused any more
     about = header(sweep, folder.name, digest, found, sides, dataset)
     shared = found[0].platform == "cpu"
     with (
@@ -129,25 +127,17 @@ def run(sweep: Sweep, config: Path, flags: Flags) -> Result:
     return result
 
 
-def _folder(config: Path, flags: Flags, sweep: Sweep, digest: str) -> Path:
-    """The sweep's new folder with what it was asked: source.py, config.json (every value) and command.txt."""
+def _folder(origin: Origin, flags: Flags, sweep: Sweep, digest: str) -> Path:
+    """The sweep's new folder with what it was asked: config.py that runs it again, what that needs, and command.txt."""
     from experiments import run_folder
-    from experiments.config import to_json
 
-    rounds = [] if flags.rounds is None else ["--rounds", str(flags.rounds)]
-    document = {"config_hash": digest, "overrides": rounds, "sweep": to_json(sweep)}
     made = run_folder.make(flags.runs / sweep.name, digest)
     try:
-        shutil.copyfile(config, made[0] / "source.py")
-        (made[0] / "config.json").write_text(json.dumps(document, indent=2, allow_nan=False) + "\n")
-        command = shlex.join(["shardlab", "sweep", str(config), *rounds])
-        (made[0] / "command.txt").write_bytes(os.fsencode(command + "\n"))
-    except OSError as error:
+        write_sweep_config(made[0], origin, sweep)
+        (made[0] / "command.txt").write_bytes(os.fsencode(origin.command("sweep") + "\n"))
+    except BaseException:
         run_folder.take_away(made)
-        raise InputError(
-            f"The run folder {made[0]} cannot be written ({error.strerror}). Make it writable, or give another place "
-            f"with --runs."
-        ) from None
+        raise
     return made[0]
 
 
