@@ -7,7 +7,7 @@ import math
 
 import jax.numpy as jnp
 from flax import nnx
-from jax import Array, checkpoint, lax, nn
+from jax import Array, lax, nn
 
 from models.moe_config import MoEConfig
 from models.transformer import Attention, FeedForward, Transformer
@@ -15,6 +15,7 @@ from sharding.grouped import Product, dropless
 from sharding.layers import layers_and_sums
 from sharding.ops import einsum, rms_norm
 from sharding.params import normal, ones, param, stack, zeros
+from sharding.recomputed import recomputed
 from sharding.region import wide
 from sharding.routing import Route, chosen, combine, dispatch, dropped, seat, top_k
 
@@ -62,7 +63,7 @@ class Mixture(nnx.Module):
             self.gate_up,
         )
         # Computed again for the backward pass: elementwise, from what is kept anyway.
-        hidden_EBSF = checkpoint(lambda both: nn.silu(both[:, :, :, 0]) * both[:, :, :, 1])(both)
+        hidden_EBSF = recomputed(lambda both: nn.silu(both[:, :, :, 0]) * both[:, :, :, 1])(both)
         return einsum(
             "expert batch slots mlp, expert mlp embed -> expert batch slots embed", hidden_EBSF, self.down
         )
@@ -70,7 +71,7 @@ class Mixture(nnx.Module):
     def expert(self, rows: Array, product: Product) -> Array:
         """The same for rows that each belong to one expert."""
         both = product(rows, self.gate_up)
-        return product(checkpoint(lambda both: nn.silu(both[:, 0]) * both[:, 1])(both), self.down)
+        return product(recomputed(lambda both: nn.silu(both[:, 0]) * both[:, 1])(both), self.down)
 
 
 def statistics(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import jax.numpy as jnp
 from flax import nnx
-from jax import Array, checkpoint, nn
+from jax import Array, nn
 
 from models.transformer_config import TransformerConfig
 from sharding.attention import attention, rope
@@ -13,6 +13,7 @@ from sharding.layers import layers
 from sharding.ops import einsum, embed, rms_norm
 from sharding.params import Entry, normal, ones, param, stack
 from sharding.project import project
+from sharding.recomputed import recomputed
 from sharding.unembed import unembed
 
 
@@ -51,7 +52,7 @@ class FeedForward(nnx.Module):
             "batch length embed, embed gates mlp -> batch length gates mlp", x_BLD, self.gate_up
         )
         # Computed again for the backward pass: elementwise, from what is kept anyway.
-        hidden_BLF = checkpoint(lambda both: nn.silu(both[:, :, 0]) * both[:, :, 1])(both_BLGF)
+        hidden_BLF = recomputed(lambda both: nn.silu(both[:, :, 0]) * both[:, :, 1])(both_BLGF)
         return einsum("batch length mlp, mlp embed -> batch length embed", hidden_BLF, self.down)
 
 

@@ -15,12 +15,14 @@ from sharding.ops import back, positions, whole
 from sharding.region import Region, current, tap, wide
 from sharding.relayout import vary, varying
 from sharding.ring import Sight, seen_attention
+from sharding.scope import named
 
 KEEP_UP_TO = 1024
 """Positions up to which causal attention on whole sequences keeps its (length, length) array for the backward pass, which
 is fastest; beyond it the backward pass computes scores again, tile by tile."""
 
 
+@named
 def rope(x: Array, names: str, theta: float = 10000.0, at: Array | None = None) -> Array:
     """Rotary position embedding (Su et al. 2021, eq. 34) over the last of `names`; positions along `length`.
 
@@ -49,6 +51,7 @@ def rope(x: Array, names: str, theta: float = 10000.0, at: Array | None = None) 
     return back(jnp.concatenate([a * cos - b * sin, a * sin + b * cos], axis=-1).astype(x.dtype), names, lies)
 
 
+@named
 def attention(
     q: Array,
     k: Array,

@@ -15,6 +15,7 @@ import numpy as np
 
 from sharding.hlo import Computation, Groups, Instruction, Module, Shape
 from sharding.ledger import Collective, asked_from, sent_bytes
+from sharding.scope import scope_of
 
 KINDS = {
     "all-reduce": "all-reduce",
@@ -30,11 +31,42 @@ KINDS = {
 }
 """HLO opcode -> the collective it is. What ends an asynchronous one (`-done`) moves nothing."""
 
+WORK = (
+    "fusion",
+    "dot",
+    "convolution",
+    "custom-call",
+    "while",
+    "call",
+    "conditional",
+    "sort",
+    "scatter",
+    "reduce",
+)
+"""Opcodes of instructions that compute for a while, behind which a collective can be hidden."""
+
+BETWEEN_SLICES = "_xla_megascale_transfer_type"
+"""Attribute of a `send` to another TPU slice: the collective that it is part of."""
+
 NOWHERE = ("?",)
 """Axes of groups that are no product of the mesh's axes."""
 
 
-def compiled_collectives(module: Module, sizes: Mapping[str, int]) -> list[Collective]:
+Place = tuple[Computation, int]
+"""An instruction: its computation and its id."""
+
+
+@dataclass(frozen=True)
+class Emitted(Collective):
+    """A collective of a compiled module, or one array of several that it moves together."""
+
+    instruction: str = ""
+    """Its name in the module: arrays that are moved together have one."""
+    overlapped: bool = False
+    """Whether the compiled schedule has other work between its start and its end."""
+
+
+def compiled_collectives(module: Module, sizes: Mapping[str, int]) -> list[Emitted]:
     """Every collective in a compiled module over more than one device, in the order of its computations; loops count their
     trips, and every branch of a conditional counts. `sizes`: the mesh's axes, outermost first; XLA numbers devices in
     this order. A loop whose trips the module does not tell counts once.
@@ -50,14 +82,25 @@ class _Reading:
     sizes: Mapping[str, int]
 
     def __post_init__(self) -> None:
-        self.seen: set[tuple[int, str]] = set()
-        """Channel and kind of what stands in fusions: XLA repeats such a collective in each part of an asynchronous one."""
+        islands = math.prod(self.sizes.values()) // (self.module.partitions or math.prod(self.sizes.values()))
+        across = across_islands(self.sizes, islands)
+        self.across = {a: n for a, n in across.items() if n > 1}
+        self.within = {a: n // across[a] for a, n in self.sizes.items()}
+        self.seen: set[tuple[str, str]] = set()
+        """Chain and kind of what stands in fusions: a TPU's asynchronous one repeats its collective in each of its parts."""
 
-    def found(self, at: int, times: int, fused: str = "") -> Iterator[Collective]:
+    def found(
+        self, at: int, times: int, fused: str = "", hidden: bool = False, given: Sequence[Place] = ()
+    ) -> Iterator[Emitted]:
+        """Those of one computation that runs so many times, and of what it calls; `given`: its arguments, where known."""
         computation = self.module.computations[at]
+        behind = set(_hidden(computation, self.module.schedule.get(at, ())))
         for i in computation.instructions.values():
             if i.opcode in KINDS:
-                yield from self._collective(computation, i, times, fused)
+                moved = [x for k in i.operands for x in self._parts(KINDS[i.opcode], computation, k, given)]
+                yield from self._collective(i, moved, times, fused, hidden or i.id in behind)
+            elif i.opcode == "send" and BETWEEN_SLICES in i.attributes:
+                yield self._between_slices(computation, i, times, i.id in behind)
             elif i.opcode == "while":
                 again = times * trips(self.module, computation, i)
                 for inner in i.calls:
@@ -65,33 +108,93 @@ class _Reading:
             elif not i.opcode.endswith(("-done", "-update")):
                 name = i.name if i.opcode == "fusion" else fused
                 for inner in i.calls:
-                    yield from self.found(inner, times, name)
+                    yield from self.found(
+                        inner, times, name, i.id in behind, [(computation, k) for k in i.operands]
+                    )
 
     def _collective(
-        self, computation: Computation, i: Instruction, times: int, fused: str
-    ) -> Iterator[Collective]:
+        self, i: Instruction, given: list[Shape], times: int, fused: str, hidden: bool
+    ) -> Iterator[Emitted]:
         kind = KINDS[i.opcode]
         if fused and kind == "all-reduce" and fused.startswith("all-reduce-scatter"):
             kind = "reduce-scatter"  # TPU writes it as an all-reduce whose result is cut in the same fusion
-        if fused and i.channel:
-            if (i.channel, kind) in self.seen:
+        chain = i.attributes.get("chain_id", "")
+        if fused and chain:
+            if (chain, kind) in self.seen:
                 return
-            self.seen.add((i.channel, kind))
-        groups = (
-            _of_pairs(i.pairs) if i.pairs else i.groups or (tuple(range(math.prod(self.sizes.values()))),)
-        )
-        axes = axes_of(groups, self.sizes)
-        n = len(groups[0])
-        if n == 1:
+            self.seen.add((chain, kind))
+        if i.pairs:
+            axes = axes_of_pairs(i.pairs, self.within)
+            devices = math.prod(self.within[a] for a in axes)
+        else:
+            groups = i.groups or (tuple(range(math.prod(self.within.values()))),)
+            axes, devices = axes_of(groups, self.within), len(groups[0])
+        if devices == 1:
             return
-        devices = math.prod(self.sizes[a] for a in axes) if axes != NOWHERE else n
         source, op = asked_from(i.stack, i.op_name.rpartition("/")[2] or i.opcode)
-        given = [x for k in i.operands for x in computation.instructions[k].shape.leaves()]
-        if kind == "all-to-all" and len(given) == n:  # one array, cut into a part for each device
-            given = [Shape(given[0].dtype, (n, *given[0].dims))]
+        scope = scope_of(i.op_name)
+        if kind == "all-to-all" and len(given) == devices:  # one array, cut into a part for each device
+            given = [Shape(given[0].dtype, (devices, *given[0].dims))]
         for shape in given:
             sent = sent_bytes(kind, shape.bytes, devices) * times
-            yield Collective(kind, axes, devices, shape.dtype, shape.dims, times, sent, source, op)
+            yield Emitted(
+                *(kind, axes, devices, shape.dtype, shape.dims, times, sent, source, scope.op or op, scope),
+                instruction=i.name,
+                overlapped=hidden or bool(chain),
+            )
+
+    def _between_slices(self, computation: Computation, i: Instruction, times: int, hidden: bool) -> Emitted:
+        """What TPU slices exchange, each of which has a module of its own: the hosts carry it, as the attributes say."""
+        kind = i.attributes[BETWEEN_SLICES].lower().replace("_", "-")
+        kind = "permute" if kind in ("one-to-one", "collective-permute") else kind
+        shape = computation.instructions[i.operands[0]].shape
+        devices = math.prod(self.across.values())
+        sent = sent_bytes(kind, shape.bytes, devices) * times
+        source, op = asked_from(i.stack, i.op_name.rpartition("/")[2] or i.opcode)
+        scope = scope_of(i.op_name)
+        return Emitted(
+            *(kind, tuple(self.across), devices, shape.dtype, shape.dims, times, sent, source),
+            *(scope.op or op, scope, i.name, hidden),
+        )
+
+    def _parts(self, kind: str, computation: Computation, at: int, given: Sequence[Place]) -> Iterator[Shape]:
+        """The arrays of an operand: those of a tuple, or what a reduction finds laid end to end in one array (on GPU)."""
+        i = computation.instructions[at]
+        if i.opcode == "parameter" and i.parameter < len(given):
+            computation, at = given[i.parameter]
+            i = computation.instructions[at]
+        inner = self.module.computations[i.calls[0]] if i.opcode == "fusion" else computation
+        made = inner.instructions[inner.root] if i.opcode == "fusion" else i
+        if kind == "all-reduce" and made.opcode == "concatenate" and len(made.shape.dims) == 1:
+            for k in made.operands:
+                yield inner.instructions[k].shape
+        else:
+            yield from i.shape.leaves()
+
+
+def across_islands(sizes: Mapping[str, int], islands: int) -> dict[str, int]:
+    """Factor of each axis that lies across islands, as `sharding.mesh` lays it: the outermost axes are used up first."""
+    across = {}
+    for axis, n in sizes.items():
+        across[axis] = math.gcd(islands, n)
+        islands //= across[axis]
+    return across
+
+
+def _hidden(computation: Computation, order: Sequence[int]) -> Iterator[int]:
+    """Instructions that start something asynchronous which ends after other work has been begun."""
+    ends = {
+        k: i.id
+        for i in computation.instructions.values()
+        if i.opcode.endswith("-done") or (i.opcode == "fusion" and "collective-done" in i.name)
+        for k in i.operands
+    }
+    place = {i: at for at, i in enumerate(order)}
+    for start, end in ends.items():
+        if start in place and end in place:
+            between = (computation.instructions[k] for k in order[place[start] + 1 : place[end]])
+            if any(i.opcode in WORK and "collective" not in i.name for i in between):
+                yield start
 
 
 def axes_of(groups: Groups, sizes: Mapping[str, int]) -> tuple[str, ...]:
@@ -112,14 +215,12 @@ def axes_of(groups: Groups, sizes: Mapping[str, int]) -> tuple[str, ...]:
     return NOWHERE
 
 
-def _of_pairs(pairs: Sequence[tuple[int, int]]) -> Groups:
-    """The devices that a permutation joins, whichever way round."""
-    joined: dict[int, set[int]] = {}
-    for a, b in pairs:
-        both = joined.get(a, {a}) | joined.get(b, {b})
-        for device in both:
-            joined[device] = both
-    return tuple({tuple(sorted(group)) for group in joined.values()})
+def axes_of_pairs(pairs: Sequence[tuple[int, int]], sizes: Mapping[str, int]) -> tuple[str, ...]:
+    """The mesh axes along which a permutation moves anything from one device to another, outermost first."""
+    shape = tuple(sizes.values())
+    places = (np.unravel_index(ends, shape) for ends in pairs)
+    moved = {d for dims in places for d, (a, b) in enumerate(dims) if a != b}
+    return tuple(name for d, name in enumerate(sizes) if d in moved)
 
 
 def trips(module: Module, computation: Computation, loop: Instruction) -> int:
@@ -176,4 +277,4 @@ def _until(
     return max(end.number - (first.number or 0), 0) if first is not None else end.number
 
 
-__all__ = ["KINDS", "NOWHERE", "axes_of", "compiled_collectives", "trips"]
+__all__ = ["KINDS", "NOWHERE", "Emitted", "axes_of", "axes_of_pairs", "compiled_collectives", "trips"]

@@ -23,6 +23,7 @@ from sharding.operands import operand_lies, split_axes
 from sharding.region import Region, current, names_of, tap, value, wide
 from sharding.relayout import vary, varying
 from sharding.routing import TOKEN, TOKENS, Route
+from sharding.scope import named
 from sharding.slots import collect, inverse, one_hot, spread
 
 BLOCK = 64
@@ -33,6 +34,7 @@ Product = Callable[[Array, nnx.Param], Array]
 Expert = Callable[[Array, Product], Array]
 
 
+@named
 def dropless(x: Array, route: Route, expert: Expert, *matrices: nnx.Param) -> Array:
     """Tokens `batch length embed` through the experts that they chose: the sum over a token's choices, weighed by their gates.
 

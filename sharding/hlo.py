@@ -13,6 +13,8 @@ from typing import Any
 
 import numpy as np
 
+from sharding.wire import last, message, numbers, text
+
 DTYPES = {
     1: "bool", 2: "int8", 3: "int16", 4: "int32", 5: "int64", 6: "uint8", 7: "uint16", 8: "uint32", 9: "uint64",
     10: "float16", 11: "float32", 12: "float64", 15: "complex64", 16: "bfloat16", 18: "complex128",
@@ -24,7 +26,6 @@ BYTES = {"bool": 1, "bfloat16": 2, "complex64": 8, "complex128": 16, "int4": 0.5
 """Bytes of an element where the name does not end in its bits."""
 
 Groups = tuple[tuple[int, ...], ...]
-Field = int | memoryview
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +77,8 @@ class Instruction:
     """Of a comparison: LT, LE, ..."""
     config: bytes
     """What the backend notes, JSON on CPU and GPU."""
+    attributes: Mapping[str, str]
+    """What earlier stages have noted (frontend attributes)."""
     op_name: str
     stack: tuple[tuple[str, int, str], ...]
     """(file, line, function) of the code that it comes from, innermost first; () where XLA keeps none."""
@@ -97,6 +100,10 @@ class Module:
     name: str
     computations: Mapping[int, Computation]
     entry: int
+    partitions: int
+    """Devices that run it together: of several TPU slices those of one; 0 where it does not say."""
+    schedule: Mapping[int, tuple[int, ...]]
+    """Computation -> its instructions in the order in which they are begun; empty before the compiler has laid it down."""
 
 
 def module_of(compiled: Any) -> Module:
@@ -107,54 +114,64 @@ def module_of(compiled: Any) -> Module:
 
 def read_module(serialized: bytes) -> Module:
     """A serialized xla.HloModuleProto."""
-    held = _message(memoryview(serialized))
-    frames = _Frames(_message(_last(held, 17, memoryview(b""))))
+    held = message(memoryview(serialized))
+    frames = _Frames(message(last(held, 17, memoryview(b""))))
     computations: dict[int, Computation] = {}
     for part in held.get(3, ()):
-        fields = _message(part)
-        made = [_instruction(_message(x), frames) for x in fields.get(2, ())]
-        computations[_last(fields, 5, 0)] = Computation(
-            _text(fields, 1), {i.id: i for i in made}, _last(fields, 6, 0)
+        fields = message(part)
+        made = [_instruction(message(x), frames) for x in fields.get(2, ())]
+        computations[last(fields, 5, 0)] = Computation(
+            text(fields, 1), {i.id: i for i in made}, last(fields, 6, 0)
         )
-    return Module(_text(held, 1), computations, _last(held, 6, 0))
+    order = (message(x) for x in message(last(held, 7, memoryview(b""))).get(1, ()))
+    schedule = {last(x, 1, 0): numbers(message(last(x, 2, memoryview(b""))), 1) for x in order}
+    devices = message(last(held, 15, memoryview(b"")))
+    partitions = last(devices, 1, 0) * last(devices, 2, 0)
+    return Module(text(held, 1), computations, last(held, 6, 0), partitions, schedule)
 
 
 def _instruction(fields: dict[int, list[Any]], frames: _Frames) -> Instruction:
-    meta = _message(_last(fields, 7, memoryview(b"")))
-    own = ((_text(meta, 3), _last(meta, 4, 0), ""),) if 3 in meta else ()
-    pairs = tuple((_last(p, 1, 0), _last(p, 2, 0)) for p in map(_message, fields.get(52, ())))
+    meta = message(last(fields, 7, memoryview(b"")))
+    own = ((text(meta, 3), last(meta, 4, 0), ""),) if 3 in meta else ()
+    pairs = tuple((last(p, 1, 0), last(p, 2, 0)) for p in map(message, fields.get(52, ())))
     return Instruction(
-        id=_last(fields, 35, 0),
-        name=_text(fields, 1),
-        opcode=_text(fields, 2),
-        shape=_shape(_message(_last(fields, 3, memoryview(b"")))),
-        operands=_numbers(fields, 36),
-        calls=_numbers(fields, 38),
-        channel=_last(fields, 26, 0),
+        id=last(fields, 35, 0),
+        name=text(fields, 1),
+        opcode=text(fields, 2),
+        shape=_shape(message(last(fields, 3, memoryview(b"")))),
+        operands=numbers(fields, 36),
+        calls=numbers(fields, 38),
+        channel=last(fields, 26, 0),
         groups=_groups(fields),
         pairs=pairs,
-        parameter=_last(fields, 9, 0),
-        element=_last(fields, 13, 0),
+        parameter=last(fields, 9, 0),
+        element=last(fields, 13, 0),
         number=_whole_number(fields),
-        direction=_text(fields, 63),
-        config=bytes(_last(fields, 43, memoryview(b""))),
-        op_name=_text(meta, 2),
-        stack=frames.stack(_last(meta, 15, 0)) or own,
+        direction=text(fields, 63),
+        config=bytes(last(fields, 43, memoryview(b""))),
+        attributes=_attributes(fields),
+        op_name=text(meta, 2),
+        stack=frames.stack(last(meta, 15, 0)) or own,
     )
 
 
 def _shape(fields: dict[int, list[Any]]) -> Shape:
-    parts = tuple(_shape(_message(p)) for p in fields.get(4, ()))
-    return Shape(DTYPES.get(_last(fields, 2, 0), ""), _numbers(fields, 3), parts)
+    parts = tuple(_shape(message(p)) for p in fields.get(4, ()))
+    return Shape(DTYPES.get(last(fields, 2, 0), ""), numbers(fields, 3), parts)
 
 
 def _whole_number(fields: dict[int, list[Any]]) -> int | None:
     """The value of a scalar constant of whole numbers."""
     if 8 not in fields:
         return None
-    literal = _message(_last(fields, 8, memoryview(b"")))
-    found = [n for at in (4, 5, 6, 7) for n in _numbers(literal, at)]
+    literal = message(last(fields, 8, memoryview(b"")))
+    found = [n for at in (4, 5, 6, 7) for n in numbers(literal, at)]
     return found[0] if len(found) == 1 else None
+
+
+def _attributes(fields: dict[int, list[Any]]) -> dict[str, str]:
+    held = message(last(fields, 68, memoryview(b"")))
+    return {text(x, 1): text(x, 2) for x in map(message, held.get(1, ()))}
 
 
 # Replica groups have been written in four ways.
@@ -164,35 +181,38 @@ def _groups(fields: dict[int, list[Any]]) -> Groups:
     if 49 in fields:
         return _listed(fields[49])
     if 87 in fields:
-        listed = _message(_last(fields, 87, memoryview(b"")))
-        return _iota(_message(listed[2][-1])) if 2 in listed else _listed(listed.get(1, []))
+        listed = message(last(fields, 87, memoryview(b"")))
+        return _iota(message(listed[2][-1])) if 2 in listed else _listed(listed.get(1, []))
     if 92 in fields:
-        return _iota(_message(fields[92][-1]))
-    return _of_axes(_message(fields[93][-1])) if 93 in fields else ()
+        return _iota(message(fields[92][-1]))
+    return _of_axes(message(fields[93][-1])) if 93 in fields else ()
 
 
 def _listed(groups: list[Any]) -> Groups:
-    return tuple(_numbers(_message(g), 1) for g in groups)
+    return tuple(numbers(message(g), 1) for g in groups)
 
 
 def _iota(fields: dict[int, list[Any]]) -> Groups:
     """All devices counted in order, reshaped, transposed, and cut into groups of one size."""
-    count, size, dims = _last(fields, 1, 0), _last(fields, 2, 0), _numbers(fields, 3)
-    order = _numbers(fields, 4) or tuple(range(len(dims)))
+    count, size, dims = last(fields, 1, 0), last(fields, 2, 0), numbers(fields, 3)
+    order = numbers(fields, 4) or tuple(range(len(dims)))
     found = np.arange(count * size).reshape(dims or (count * size,))
     return _rows(found.transpose(order) if dims else found, count, size)
 
 
 def _of_axes(fields: dict[int, list[Any]]) -> Groups:
     """Axes, or parts of axes, of a mesh that the module itself carries."""
-    mesh = _message(_last(fields, 1, memoryview(b"")))
-    sizes = [_last(_message(a), 2, 0) for a in mesh.get(1, ())]
-    ids = np.array(_numbers(mesh, 2) or range(math.prod(sizes)))
+    mesh = message(last(fields, 1, memoryview(b"")))
+    sizes = [last(message(a), 2, 0) for a in mesh.get(1, ())]
+    ids = np.array(numbers(mesh, 2) or range(math.prod(sizes)))
+    if 3 in mesh:  # the devices in another order: counted, reshaped and transposed
+        turned = message(mesh[3][-1])
+        ids = ids.reshape(numbers(turned, 1)).transpose(numbers(turned, 2)).ravel()
     cuts: dict[int, list[tuple[int, int]]] = {}
-    for ref in map(_message, fields.get(2, ())):
-        at = _last(ref, 1, 0)
-        part = _message(_last(ref, 2, memoryview(b"")))
-        cuts.setdefault(at, []).append((_last(part, 1, 1), _last(part, 2, sizes[at])))
+    for ref in map(message, fields.get(2, ())):
+        at = last(ref, 1, 0)
+        part = message(last(ref, 2, memoryview(b"")))
+        cuts.setdefault(at, []).append((last(part, 1, 1), last(part, 2, sizes[at])))
     dims: list[int] = []
     grouped: list[int] = []
     for at, size in enumerate(sizes):
@@ -223,78 +243,19 @@ class _Frames:
         self._files, self._functions = (
             [bytes(x).decode(errors="replace") for x in fields.get(n, ())] for n in (1, 2)
         )
-        self._places = [_message(x) for x in fields.get(3, ())]
-        self._frames = [_message(x) for x in fields.get(4, ())]
+        self._places = [message(x) for x in fields.get(3, ())]
+        self._frames = [message(x) for x in fields.get(4, ())]
         self._known: dict[int, tuple[tuple[str, int, str], ...]] = {0: ()}
 
     def stack(self, frame: int) -> tuple[tuple[str, int, str], ...]:
         """(file, line, function) of a frame and its callers; frames, like all here, count from 1, and 0 is none."""
         if frame not in self._known:
             held = self._frames[frame - 1]
-            place = self._places[_last(held, 1, 1) - 1]
-            file, function = _last(place, 1, 1) - 1, _last(place, 2, 1) - 1
-            mine = (self._files[file], _last(place, 3, 0), self._functions[function])
-            self._known[frame] = (mine, *self.stack(_last(held, 2, 0)))
+            place = self._places[last(held, 1, 1) - 1]
+            file, function = last(place, 1, 1) - 1, last(place, 2, 1) - 1
+            mine = (self._files[file], last(place, 3, 0), self._functions[function])
+            self._known[frame] = (mine, *self.stack(last(held, 2, 0)))
         return self._known[frame]
-
-
-# The wire format of protocol buffers.
-
-
-def _message(data: memoryview) -> dict[int, list[Any]]:
-    """Field number -> its values in order: whole numbers, or the bytes of texts, messages and packed numbers."""
-    found: dict[int, list[Any]] = {}
-    at, end = 0, len(data)
-    while at < end:
-        tag, at = _varint(data, at)
-        kind = tag & 7
-        value: Field
-        if kind == 0:
-            value, at = _varint(data, at)
-            value = value - (1 << 64) if value >> 63 else value
-        elif kind == 2:
-            size, at = _varint(data, at)
-            value, at = data[at : at + size], at + size
-        else:
-            size = 8 if kind == 1 else 4
-            value, at = data[at : at + size], at + size
-        found.setdefault(tag >> 3, []).append(value)
-    return found
-
-
-def _varint(data: memoryview, at: int) -> tuple[int, int]:
-    value = shift = 0
-    while True:
-        byte = data[at]
-        at += 1
-        value |= (byte & 0x7F) << shift
-        if byte < 0x80:
-            return value, at
-        shift += 7
-
-
-def _numbers(fields: dict[int, list[Any]], number: int) -> tuple[int, ...]:
-    """A repeated whole number, packed or not."""
-    return tuple(n for value in fields.get(number, ()) for n in _unpacked(value))
-
-
-def _unpacked(value: Field) -> Iterator[int]:
-    if isinstance(value, int):
-        yield value
-        return
-    at = 0
-    while at < len(value):
-        n, at = _varint(value, at)
-        yield n - (1 << 64) if n >> 63 else n
-
-
-def _last(fields: dict[int, list[Any]], number: int, otherwise: Any) -> Any:
-    """A single value; protobuf's rule for one that is written several times is the last."""
-    return fields[number][-1] if number in fields else otherwise
-
-
-def _text(fields: dict[int, list[Any]], number: int) -> str:
-    return bytes(_last(fields, number, b"")).decode(errors="replace")
 
 
 __all__ = ["Computation", "Groups", "Instruction", "Module", "Shape", "module_of", "read_module"]

@@ -19,6 +19,7 @@ from sharding.partitioner import Manual
 from sharding.region import current
 from sharding.relayout import drops_gathered, varying
 from sharding.remat import Remat, parse_remat
+from sharding.scope import in_layers
 
 C = TypeVar("C")
 Loop = Literal["auto", "scan", "unroll"]
@@ -36,7 +37,8 @@ def layers(
     only, "full" each layer's input only, "save:attention,mlp" the results of these ops or with these dims,
     "offload:project" the same in host memory (`sharding.remat.Remat`). Parameters that were gathered for use are gathered
     again by every policy but "none", and by that when the region's partitioner says `Manual(gathered="regather")`, except in
-    layers unrolled on CPU, where XLA merges both gathers.
+    layers unrolled on CPU, where XLA merges both gathers. Work that a block wants computed again by itself goes through
+    `sharding.recomputed`: within these policies jax heeds no `jax.checkpoint` of the block's own.
     loop: "scan" compiles one layer, "unroll" all of them, "auto" unrolls few layers on CPU.
     beside: what every layer is given as it is.
     """
@@ -82,7 +84,7 @@ def _run(block: nnx.Module, carry: C, call: Callable[[Any, C], C], x: Array, rem
         )
     # XLA:CPU drops the barriers that keep two gathers of one array apart: unrolled, it merges them whatever we write.
     body = _remat(layer, kept, block, regather=scanned or not cpu)
-    with marks() as made:
+    with marks() as made, in_layers(depth):
         carry = _through(body, carry, stacked, scanned)
     check_words(kept, made, type(block).__name__)
     return carry

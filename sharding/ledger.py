@@ -13,7 +13,10 @@ from typing import Any
 
 import flax
 import jax
+import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, Jaxpr
+
+from sharding.scope import Scope, scope_of
 
 KINDS = {
     "psum": "all-reduce",
@@ -54,12 +57,19 @@ class Collective:
     """file:line of the code that asked for it, where jax knows."""
     op: str = ""
     """The named op called there, or the step's function that moves it."""
+    scope: Scope = Scope()
+    """The pass, the layers and the named op's text that it belongs to."""
+
+    @property
+    def payload(self) -> int:
+        """Bytes of the operand on a device, all repeats together."""
+        return math.prod(self.shape) * jnp.dtype(self.dtype).itemsize * self.times
 
 
 def collectives(jaxpr: ClosedJaxpr, sizes: Mapping[str, int]) -> list[Collective]:
     """Every collective in a jaxpr over axes of more than one device, in program order; loops count their trips."""
     found = []
-    for eqn, times in equations(jaxpr.jaxpr, 1):
+    for eqn, times, stack in equations(jaxpr.jaxpr):
         kind = KINDS.get(eqn.primitive.name)
         if kind is None:
             continue
@@ -72,14 +82,14 @@ def collectives(jaxpr: ClosedJaxpr, sizes: Mapping[str, int]) -> list[Collective
         for var in eqn.invars:
             aval: Any = var.aval
             size = math.prod(aval.shape) * aval.dtype.itemsize
-            sent = sent_bytes(kind, size, n) * times
-            found.append(
-                Collective(kind, axes, n, str(aval.dtype), tuple(aval.shape), times, sent, *asked_by(eqn))
-            )
+            sent, what = sent_bytes(kind, size, n) * times, (str(aval.dtype), tuple(aval.shape))
+            source, op = asked_by(eqn)
+            scope = scope_of(stack)
+            found.append(Collective(kind, axes, n, *what, times, sent, source, scope.op or op, scope))
     return found
 
 
-def per_axis(found: list[Collective]) -> dict[tuple[str, ...], dict[str, tuple[int, int]]]:
+def per_axis(found: Iterable[Collective]) -> dict[tuple[str, ...], dict[str, tuple[int, int]]]:
     """Axes -> kind -> (how many in a step, bytes that each device sends in a step)."""
     table: dict[tuple[str, ...], dict[str, tuple[int, int]]] = {}
     for c in found:
@@ -93,7 +103,7 @@ def flops(jaxpr: ClosedJaxpr) -> int:
     work is left out.
     """
     total = 0
-    for eqn, times in equations(jaxpr.jaxpr, 1):
+    for eqn, times, _ in equations(jaxpr.jaxpr):
         if eqn.primitive.name in PRODUCTS:
             total += product_flops(eqn) * times
     return total
@@ -121,15 +131,15 @@ def product_flops(eqn: Any) -> int:
     return 2 * math.prod(eqn.outvars[0].aval.shape) * deep // groups
 
 
-def equations(jaxpr: Jaxpr, times: int) -> Iterator[tuple[Any, int]]:
-    """Every equation with how often it runs; bodies of `while` count once, of `cond` every branch."""
+def equations(jaxpr: Jaxpr, times: int = 1, stack: str = "") -> Iterator[tuple[Any, int, str]]:
+    """Every equation with how often it runs and its name stack; bodies of `while` count once, of `cond` every branch."""
     for eqn in jaxpr.eqns:
-        inner = list(subjaxprs(eqn.params))
+        inner, here = list(subjaxprs(eqn.params)), f"{stack}/{eqn.source_info.name_stack}"
         if not inner:
-            yield eqn, times
+            yield eqn, times, here
         again = times * eqn.params["length"] if eqn.primitive.name == "scan" else times
         for body in inner:
-            yield from equations(body, again)
+            yield from equations(body, again, here)
 
 
 def subjaxprs(params: Mapping[str, Any]) -> Iterator[Jaxpr]:
@@ -191,7 +201,7 @@ def user_frames(eqn: Any) -> list[tuple[str, bool]]:
 
 
 def frame_kind(file: str) -> str:
-    """Whose code a file is: "library" (jax and flax), "ours" (this package), or "model"."""
+    """Whose code a file is: "library" (jax and flax, and what only names an op), "ours" (this package), or "model"."""
     if file.startswith(_LIBRARIES):
         return "library"
     return "ours" if file.startswith(_HERE) else "model"
@@ -200,4 +210,4 @@ def frame_kind(file: str) -> str:
 _HERE = __file__.rpartition("/")[0] + "/"
 _STEP = _HERE + "step.py"
 _MOVERS = (_HERE + "relayout.py", _HERE + "region.py")
-_LIBRARIES = tuple(str(m.__file__).rpartition("/")[0] + "/" for m in (jax, flax))
+_LIBRARIES = (*(str(m.__file__).rpartition("/")[0] + "/" for m in (jax, flax)), _HERE + "scope.py")

@@ -12,8 +12,10 @@ from sharding.ops import in_use, used_globally
 from sharding.ordered import enter, ordered
 from sharding.region import current, names_of, tap
 from sharding.relayout import varying
+from sharding.scope import named
 
 
+@named
 def merge(x: Array, spec: str) -> Array:
     """Two neighbouring dims as one, row after row: `merge(x, "batch height width embed -> batch length embed")`.
 
@@ -45,6 +47,7 @@ def merge(x: Array, spec: str) -> Array:
     return tap("merge", into, enter(region, made, into))
 
 
+@named
 def add(x: Array, names: str, w: Operand) -> Array:
     """`x + w` for a parameter whose dims are some of `names`, the dims of `x`, in their order: a table of positions, a bias.
 

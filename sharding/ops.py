@@ -7,7 +7,6 @@ region (local shards, explicit collectives) and XLA's partitioner (global arrays
 
 from __future__ import annotations
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array, lax
@@ -20,10 +19,13 @@ from sharding.ordered import natural, ordered
 from sharding.overlap import ring_product
 from sharding.partitioner import Manual
 from sharding.product import product
+from sharding.recomputed import recomputed
 from sharding.region import Region, current, names_of, tap, value, wide
 from sharding.relayout import finish, vary, varying
+from sharding.scope import named
 
 
+@named
 def einsum(spec: str, *operands: Operand) -> Array:
     """Named contraction of one or two operands: `einsum("batch length embed, embed mlp -> batch length mlp", x, w)`.
 
@@ -67,6 +69,7 @@ def einsum(spec: str, *operands: Operand) -> Array:
     return tap("einsum", result, finish(made, ready.plan.reduce, ready.plan.produced, ready.wanted))
 
 
+@named
 def embed(table: Operand, ids: Array, names: str, dtype: jnp.dtype | None = None) -> Array:
     """Rows `ids` of a table whose dims are `vocab embed`; `names` are the dims of `ids`. Result: those and `embed`.
 
@@ -96,6 +99,7 @@ def embed(table: Operand, ids: Array, names: str, dtype: jnp.dtype | None = None
     return tap("embed", result, finish(taken.astype(dtype or held.dtype), dims[0], (*dst, dims[1]), wanted))
 
 
+@named
 def rms_norm(x: Array, scale: Operand, names: str, eps: float = 1e-6) -> Array:
     """Root-mean-square norm over the last of `names` (Zhang and Sennrich 2019), in float32, times `scale`.
 
@@ -112,7 +116,7 @@ def rms_norm(x: Array, scale: Operand, names: str, eps: float = 1e-6) -> Array:
         held, lies = in_use(region, scale, words[-1:], varying(x))
         weight = region.move(held, lies, (split,), varying(x))
 
-    @jax.checkpoint
+    @recomputed
     def norm(x: Array, weight: Array) -> Array:
         x32 = wide(x)
         mean = jnp.mean(jnp.square(x32), axis=-1, keepdims=True)
@@ -123,6 +127,7 @@ def rms_norm(x: Array, scale: Operand, names: str, eps: float = 1e-6) -> Array:
     return tap("rms_norm", words, _settle(region, norm(x, weight), words))
 
 
+@named
 def cross_entropy(logits: Array, labels: Array, names: str) -> Array:
     """Negative log-likelihood in nats of integer `labels` under `logits`, whose dims are `names`; float32.
 

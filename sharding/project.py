@@ -15,8 +15,10 @@ from sharding.ops import einsum
 from sharding.partitioner import Manual
 from sharding.product import product
 from sharding.region import current, names_of, tap
+from sharding.scope import named
 
 
+@named
 def project(x: Array, names: str, *weights: nnx.Param) -> tuple[Array, ...]:
     """The product of `x`, whose dims are `names`, with each parameter over the names they share.
 

@@ -23,6 +23,7 @@ from sharding.ops import back
 from sharding.ordered import natural, ordered
 from sharding.region import Region, current, tap, value
 from sharding.relayout import finish, vary, varying
+from sharding.scope import named
 from sharding.slots import collect, inverse, one_hot, spread
 
 Gates = Literal["all", "chosen"]
@@ -48,6 +49,7 @@ class Route:
     """Experts there are."""
 
 
+@named
 def top_k(
     scores: Array, k: int, present: Array, gates: Gates = "chosen", bias: nnx.Param | None = None
 ) -> Route:
@@ -109,6 +111,7 @@ def slots_of(length: int, k: int, experts: int, factor: float) -> int:
     return MULTIPLE * math.ceil(math.ceil(length * k * factor / experts - 1e-9) / MULTIPLE)
 
 
+@named
 def seat(route: Route, factor: float) -> Seats:
     """Give each choice a slot at its expert, in order of position, while there are any; beyond that it is dropped.
 
@@ -137,6 +140,7 @@ def seat(route: Route, factor: float) -> Seats:
     return Seats(place, choice, gates, kept, present, route.count, home)
 
 
+@named
 def dispatch(x: Array, seats: Seats) -> Array:
     """Tokens `batch length embed` at their experts: `expert batch slots embed`, an empty slot zero. One all-to-all."""
     region = current()
@@ -149,6 +153,7 @@ def dispatch(x: Array, seats: Seats) -> Array:
     return tap("dispatch", SLOTS, _between(region, made, home, away=True))
 
 
+@named
 def combine(y: Array, seats: Seats) -> Array:
     """The experts' results `expert batch slots embed` back at their tokens, `batch length embed`: of each token the sum over
     its choices, weighed by their gates. A dropped choice adds nothing.

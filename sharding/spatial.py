@@ -23,12 +23,14 @@ from sharding.operands import Operand, operand_lies, operands_of
 from sharding.ops import einsum
 from sharding.region import Region, current, names_of, tap, value
 from sharding.relayout import finish, relayout, vary
+from sharding.scope import named
 from sharding.windows import Padding, Window, borrowed, check_neighbours, halo
 
 KERNEL = "kernel_"
 """What the name of a window's dim begins with."""
 
 
+@named
 def convolution(spec: str, x: Array, kernel: Operand, stride: int = 1, padding: Padding = "same") -> Array:
     """Sum of the kernel with every window of `x`: one kernel for all positions.
 
@@ -68,6 +70,7 @@ def convolution(spec: str, x: Array, kernel: Operand, stride: int = 1, padding: 
     )
 
 
+@named
 def windows(
     x: Array, names: str, sizes: Mapping[str, int], stride: int = 1, padding: Padding = "same"
 ) -> Array:
@@ -104,6 +107,7 @@ def windows(
     return tap("windows", result, region.constrain(found, region.dims(result)))
 
 
+@named
 def locally_connected(
     spec: str, x: Array, kernel: Operand, stride: int = 1, padding: Padding = "same"
 ) -> Array:
@@ -128,6 +132,7 @@ def locally_connected(
     return einsum(f"{' '.join(named)}, {' '.join(terms[1])} -> {' '.join(result)}", given, kernel)
 
 
+@named
 def pool(
     x: Array, names: str, sizes: Mapping[str, int], kind: Literal["average", "max"] = "average"
 ) -> Array:

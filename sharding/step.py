@@ -27,6 +27,7 @@ from sharding.params import Model, bind, initial, lay, objective
 from sharding.partitioner import Manual
 from sharding.region import Listener, Region, current, enter, wide
 from sharding.relayout import finish, relayout, vary, varying
+from sharding.scope import about
 
 
 class TrainStep(Laid):
@@ -167,7 +168,8 @@ class TrainStep(Laid):
         for p, g in grads.items():
             axes = tuple(sorted(self.layouts[p].gradient.axes))
             squares[axes] = squares.get(axes, 0.0) + jnp.sum(jnp.square(wide(g)))
-        total = sum(lax.psum(x, axes) if axes else x for axes, x in squares.items())
+        with about("norm", "gradients"):
+            total = sum(lax.psum(x, axes) if axes else x for axes, x in squares.items())
         scale, metrics = self._finished(sums, jnp.sqrt(total))
         laid = {
             p: relayout(g, self.layouts[p].gradient.dims, self.layouts[p].optimizer.dims)
@@ -197,12 +199,14 @@ class TrainStep(Laid):
         """A micro-batch's gradient, reduce-scattered where the `gradient` role is split and the parameter is not."""
         x = self.layouts[path]
         over = self._partial(g, x.param) & frozenset(x.gradient.axes)
-        return finish(g, tuple(a for a in x.gradient.axes if a in over), x.param.dims, x.gradient.dims)
+        with about("gradient", path):
+            return finish(g, tuple(a for a in x.gradient.axes if a in over), x.param.dims, x.gradient.dims)
 
     def _reduce(self, path: str, g: Array) -> Array:
         """The rest of the reduction, once a step: for HSDP the shard over `data`, for data parallelism everything."""
         over = self._partial(g, self.layouts[path].gradient)
-        return lax.psum(g, tuple(sorted(over))) if over else g
+        with about("gradient", path):
+            return lax.psum(g, tuple(sorted(over))) if over else g
 
     def _finished(self, sums: dict[str, Array], norm: Array) -> tuple[Array, dict[str, Array]]:
         """Factor that turns summed gradients into clipped means, and the metrics."""
@@ -224,15 +228,16 @@ class TrainStep(Laid):
             return {p: self._lies(w, self.layouts[p].param) for p, w in params.items()}
 
         def gather(parts):
-            return {
-                p: relayout(w, self.layouts[p].optimizer.dims, self.layouts[p].param.dims)
-                for p, w in parts.items()
-            }
+            return {p: self._gathered(p, w) for p, w in parts.items()}
 
         specs = {p: self.layouts[p].optimizer.spec() for p in split}
         rest = {p: self.layouts[p].param.spec() for p in split}
         gathered = self._manual(gather, (specs,), rest)({p: params[p] for p in split})
         return {p: gathered.get(p, w) for p, w in params.items()}
+
+    def _gathered(self, path: str, w: Array) -> Array:
+        with about("updated", path):
+            return relayout(w, self.layouts[path].optimizer.dims, self.layouts[path].param.dims)
 
     def evaluation(self, params: dict[str, Array], batch: Mapping[str, Array]) -> dict[str, Array]:
         """What `evaluate` compiles: the model's global sums over a batch."""

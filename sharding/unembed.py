@@ -24,8 +24,10 @@ from sharding.partitioner import Manual
 from sharding.product import wide_product
 from sharding.region import Region, current, enter, names_of, tap, value
 from sharding.relayout import vary, varying
+from sharding.scope import named
 
 
+@named
 def unembed(x: Array, table: nnx.Param, labels: Array, names: str, chunk: int = 0) -> tuple[Array, Array]:
     """(nats, log-partition) of integer `labels` under the scores of `x` with every column of `table`.
 

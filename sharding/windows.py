@@ -17,6 +17,7 @@ from sharding.errors import InputError
 from sharding.layout import Dims
 from sharding.region import Region, current
 from sharding.relayout import permuted, vary
+from sharding.scope import named
 
 Padding = Literal["same", "valid"]
 
@@ -78,6 +79,7 @@ class Window:
         return cls(name, at, size, stride, zeros // 2, zeros - zeros // 2, count // parts, axes)
 
 
+@named
 def halo(x: Array, names: str, dim: str, before: int, after: int) -> Array:
     """`x` with `before` positions of `dim` from the devices before and `after` from those behind; zeros at global edges.
 

@@ -285,7 +285,7 @@ def test_explain_tells_findings_and_what_each_collective_is_for(
     assert sum(row["bytes_sent_per_device"] for row in told["sources"]) == total
     assert {(r["op"], r["kind"]) for r in told["sources"]} >= {
         ("einsum", "all-reduce"),
-        ("_reduce", "all-reduce"),
+        ("gradient", "all-reduce"),
     }
     assert shardlab(*words, "--warn.work", "0.99") == 0
     assert "repeated work" not in capsys.readouterr().out

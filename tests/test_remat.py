@@ -13,6 +13,7 @@ import pytest
 from sharding import marks
 from sharding.axes import MeshShape
 from sharding.errors import InputError
+from sharding.ledger import subjaxprs
 from sharding.partitioner import Auto, Manual, Partitioner
 from sharding.remat import parse_remat
 from sharding.rule import Rules
@@ -174,3 +175,29 @@ def test_a_backend_without_host_memory_is_told_before_the_compile(monkeypatch: p
     step = make_step(dataclasses.replace(MODELS["transformer"], remat="offload:mlp"), *MESHES["fsdp tensor"])
     with pytest.raises(InputError, match="remat='offload:mlp' needs the memory 'elsewhere'"):
         step.step.trace(step.abstract_state(), step.abstract_batch(16))
+
+
+def kept_by_layers(by: Partitioner) -> int:
+    """Bytes on a device that the scanned layers of a transformer hand from the forward pass to the backward pass."""
+    config = dataclasses.replace(MODELS["transformer"], loop="scan", layers=3, dtype="bfloat16")
+    step = make_step(config, fsdp(), MeshShape(fsdp=8), by)
+    jaxpr = jax.make_jaxpr(step.update)(step.abstract_state(), step.abstract_batch(16))
+    scan = next(e for e in every_equation(jaxpr.jaxpr) if e.primitive.name == "scan")
+    stacked = scan.outvars[scan.params["num_carry"] :]
+    return sum(v.aval.size * v.aval.dtype.itemsize for v in stacked)
+
+
+def every_equation(jaxpr: Any) -> Any:
+    for eqn in jaxpr.eqns:
+        yield eqn
+        for body in subjaxprs(eqn.params):
+            yield from every_equation(body)
+
+
+def test_layers_that_gather_again_keep_nothing_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parameters are dropped, and what a norm or a gate computes again is not kept in their place."""
+    keep, again = (kept_by_layers(Manual(gathered=how)) for how in ("keep", "regather"))
+    assert again < keep
+    monkeypatch.setattr("sharding.ops.recomputed", jax.checkpoint)  # whose policy the outer one overrules
+    monkeypatch.setattr("models.transformer.recomputed", jax.checkpoint)
+    assert kept_by_layers(Manual(gathered="regather")) > keep

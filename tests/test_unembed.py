@@ -246,7 +246,7 @@ def test_chunks_send_what_whole_logits_send_backward_too(rules: Rules, mesh: Mes
 def _largest(traced: Any) -> int:
     """Elements of the largest array that a traced program makes inside a device's part of it."""
     return max(
-        math.prod(getattr(v.aval, "shape", ())) for eqn, _ in equations(traced.jaxpr, 1) for v in eqn.outvars
+        math.prod(getattr(v.aval, "shape", ())) for eqn, *_ in equations(traced.jaxpr) for v in eqn.outvars
     )
 
 

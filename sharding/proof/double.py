@@ -69,7 +69,7 @@ def _narrowest(eqns: Iterable[Any]) -> str:
     to: set[str] = set()
     for outer in eqns:
         bodies = list(subjaxprs(outer.params))
-        for eqn in [eqn for body in bodies for eqn, _ in equations(body, 1)] if bodies else [outer]:
+        for eqn in [eqn for body in bodies for eqn, *_ in equations(body)] if bodies else [outer]:
             if eqn.primitive.name == "convert_element_type":
                 a, b = eqn.invars[0].aval.dtype, eqn.outvars[0].aval.dtype
                 if all(jnp.issubdtype(x, jnp.floating) for x in (a, b)) and eps(b) > eps(a):
