@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from experiments.config import Experiment
 from experiments.data.contract import Dataset
@@ -14,27 +14,54 @@ from sharding.errors import InputError
 from sharding.partitioner import Auto, Partitioner
 
 if TYPE_CHECKING:
+    from sharding.check import Traced
     from sharding.step import TrainStep
+
+T = TypeVar("T")
+
+ROOT = Path(__file__).resolve().parent.parent
 
 CACHE = Path(".cache")
 """Token files and compiled programs, rebuilt when they are not there."""
 
 
-def train_step(experiment: Experiment, devices: Sequence[Any] | int, model: Any = None) -> TrainStep:
+def train_step(
+    experiment: Experiment, devices: Sequence[Any] | int, model: Any = None, platform: str = ""
+) -> TrainStep:
     """The compiled step of an experiment on devices, or on a number of devices that are not there (to trace only).
 
-    `model` stands in for the one that the experiment builds.
+    `model` stands in for the one that the experiment builds. platform: of devices that are not there, "cpu", "gpu" or "tpu";
+    by default what the config's own would be.
     """
     from sharding.mesh import abstract_mesh, device_mesh
 
     if isinstance(devices, int):
         shape = experiment.mesh.resolve(devices)
-        platform = "cpu" if experiment.devices.kind == "pretend" else "accelerator"
+        platform = platform or ("cpu" if experiment.devices.kind == "pretend" else "accelerator")
         return _step(
             experiment, model, shape, abstract_mesh(shape, devices), experiment.partitioner, platform
         )
     shape = experiment.mesh.resolve(len(devices))
     return _step(experiment, model, shape, device_mesh(shape, devices), experiment.partitioner)
+
+
+def look(experiment: Experiment, step: TrainStep) -> Traced:
+    """Trace a step, refusing with InputError what would be wrong or fail."""
+    from sharding.check import traced
+
+    try:
+        return traced(step, experiment.batch)
+    except InputError as error:
+        raise InputError(str(error).replace(f"{ROOT}/", "")) from error
+
+
+def untouched(make: Callable[[], T]) -> T:
+    """`make()` inside a trace, where no operation runs and so no backend of jax is started."""
+    import jax
+
+    made: list[T] = []
+    jax.eval_shape(lambda: made.append(make()))
+    return made[0]
 
 
 def one_device(experiment: Experiment, model: Any = None) -> TrainStep:

@@ -12,10 +12,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from experiments.assemble import train_step
+from experiments.assemble import ROOT, look, train_step, untouched
 from experiments.config import Experiment
 from experiments.pictured import Ordered, inside_attention, orders
-from sharding.errors import InputError
 from sharding.finding import Finding, Limits
 from sharding.layout import Layout
 from sharding.paths import ByPath
@@ -25,8 +24,6 @@ if TYPE_CHECKING:
     from sharding.check import Traced
     from sharding.region import Tap
     from sharding.step import TrainStep
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 @dataclass(frozen=True)
@@ -120,29 +117,21 @@ def explain(experiment: Experiment, devices: int, limits: Limits = Limits()) -> 
     Traced as it would run on the CPU for pretend devices and on an accelerator otherwise (models may unroll their
     layers on one and scan them on the other). Raises InputError for whatever cannot be laid out.
     """
-    import jax
-
-    made: list[Explanation] = []
-
-    def make() -> None:
-        made.append(explain_step(experiment, train_step(experiment, devices), limits))
-
-    # Inside a trace no operation runs: optax makes its counters when it is asked for the state's structure, and outside
-    # one that alone would start a backend.
-    jax.eval_shape(make)
-    return made[0]
+    return untouched(lambda: explain_step(experiment, train_step(experiment, devices), limits))
 
 
-def explain_step(experiment: Experiment, step: TrainStep, limits: Limits = Limits()) -> Explanation:  # noqa: B008
-    """Explain a step that was made already: on a mesh of real devices its first call finds this trace."""
-    from sharding.check import findings, traced
+def explain_step(
+    experiment: Experiment,
+    step: TrainStep,
+    limits: Limits = Limits(),  # noqa: B008
+    seen: Traced | None = None,
+) -> Explanation:
+    """Explain a step that was made already: on a mesh of real devices its first call finds this trace. `seen`: the trace."""
+    from sharding.check import findings
     from sharding.ledger import flops
 
     sizes = step.split.layouts.sizes
-    try:
-        seen = traced(step, experiment.batch)
-    except InputError as error:
-        raise InputError(str(error).replace(f"{ROOT}/", "")) from error
+    seen = seen or look(experiment, step)
     lines = [*_parameters(step, seen.state), *_inputs(step, seen.batch), *_activations(seen.taps, step)]
     totals, sources = _traffic(seen, step)
     return Explanation(

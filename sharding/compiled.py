@@ -277,4 +277,14 @@ def _until(
     return max(end.number - (first.number or 0), 0) if first is not None else end.number
 
 
-__all__ = ["KINDS", "NOWHERE", "Emitted", "axes_of", "axes_of_pairs", "compiled_collectives", "trips"]
+__all__ = [
+    "BETWEEN_SLICES",
+    "KINDS",
+    "NOWHERE",
+    "Emitted",
+    "across_islands",
+    "axes_of",
+    "axes_of_pairs",
+    "compiled_collectives",
+    "trips",
+]

@@ -18,13 +18,18 @@ _AUTO = (AxisType.Auto,) * len(AXES)  # an Explicit mesh refuses manual regions 
 
 
 def device_mesh(shape: MeshShape, devices: Sequence[Any] | None = None) -> Mesh:
-    """A mesh of `shape` over `devices` (`jax.Device`s; all of them by default), -1 filled.
+    """A mesh of `shape` over `devices` (`jax.Device`s; all of them by default), -1 filled, in the order of `device_grid`."""
+    devices = list(jax.devices() if devices is None else devices)
+    return Mesh(device_grid(shape, devices), AXES, axis_types=_AUTO)
+
+
+def device_grid(shape: MeshShape, devices: Sequence[Any]) -> np.ndarray:
+    """`devices` laid out over the axes of `shape` (an array of AXES' sizes, -1 filled); they need not be real ones.
 
     On one fast network the order follows the hardware (`mesh_utils.create_device_mesh`). With `shape.slices` > 1 the
     outermost axes are laid across islands, which are TPU slices where devices have a `slice_index`, processes
     otherwise. Raises InputError when the shape does not fit the devices.
     """
-    devices = list(jax.devices() if devices is None else devices)
     full = shape.resolve(len(devices))
     sizes = tuple(full.sizes().values())
     if full.slices > 1:
@@ -37,17 +42,12 @@ def device_mesh(shape: MeshShape, devices: Sequence[Any] | None = None) -> Mesh:
                 f"The mesh asks for {full.slices} slices, but the {len(devices)} devices lie in {len(islands)} "
                 f"{'processes' if by_process else 'slices'}. Set mesh slices to {len(islands)}, or to 1 for one network."
             )
-        grid = mesh_utils.create_hybrid_device_mesh(
+        return mesh_utils.create_hybrid_device_mesh(
             within, across, devices, process_is_granule=by_process, allow_split_physical_axes=True
         )
-    elif devices[0].platform == "cpu":
-        order = sorted(
-            devices, key=lambda d: (d.process_index, d.id)
-        )  # a process holds neighbouring inner coordinates
-        grid = np.array(order).reshape(sizes)
-    else:
-        grid = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
-    return Mesh(grid, AXES, axis_types=_AUTO)
+    if devices[0].platform == "cpu":  # a process holds neighbouring inner coordinates
+        return np.array(sorted(devices, key=lambda d: (d.process_index, d.id))).reshape(sizes)
+    return mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
 
 
 def abstract_mesh(shape: MeshShape, devices: int) -> AbstractMesh:

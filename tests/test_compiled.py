@@ -17,7 +17,16 @@ from jax import Array, lax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from sharding.axes import MeshShape
-from sharding.compiled import NOWHERE, Emitted, axes_of, axes_of_pairs, compiled_collectives, trips
+from sharding.compiled import (
+    BETWEEN_SLICES,
+    NOWHERE,
+    Emitted,
+    across_islands,
+    axes_of,
+    axes_of_pairs,
+    compiled_collectives,
+    trips,
+)
 from sharding.differences import differences
 from sharding.hlo import Module, Shape, module_of, read_module
 from sharding.ledger import collectives, per_axis
@@ -347,6 +356,23 @@ def scheduled(between: str) -> Emitted:
     made = message((3, message(*main, (5, 9), (6, 3))), (6, 9), (7, order))
     (found,) = compiled_collectives(read_module(made), SIZES)
     return found
+
+
+def test_what_tpu_slices_exchange_is_over_the_axes_across_them() -> None:
+    """Each slice has a module for its own devices: groups count these, and a host carries what goes between."""
+    told = message((1, message((1, BETWEEN_SLICES), (2, "ALL_REDUCE"))))
+    within = message(
+        (1, "r"), (2, "all-reduce"), (3, ARRAY), (35, 2), (36, (1,)), (49, groups((0, 1, 2, 3))[0])
+    )
+    between = message((1, "s"), (2, "send"), (3, ARRAY), (35, 3), (36, (2,)), (68, told))
+    body = [instruction(1, "parameter", ARRAY), (2, within), (2, between)]
+    assignment = message((1, 1), (2, 4))
+    made = message((3, message(*body, (5, 9), (6, 3))), (6, 9), (15, assignment))
+    inside, across = compiled_collectives(read_module(made), SIZES)
+    assert (inside.axes, inside.devices, across.axes, across.devices) == (("fsdp",), 4, ("replica",), 2)
+    assert across.bytes == 16 * 2 * 4
+    parts = across_islands({"replica": 2, "data": 1, "fsdp": 4}, 4)
+    assert parts == {"replica": 2, "data": 1, "fsdp": 2}
 
 
 def test_a_collective_is_overlapped_where_work_is_scheduled_before_its_end() -> None:
