@@ -20,15 +20,13 @@ from experiments.config import Experiment
 from experiments.data.contract import Dataset
 from experiments.records import Header, Records, installed_versions
 from experiments.sweep import Point, Sweep, of
+from experiments.sweep_agreement import agreement, loss_dtype
 from sharding.errors import InputError
 
 if TYPE_CHECKING:
     from experiments.events import Events
     from experiments.progress import Progress
     from experiments.stopping import StopRequest
-
-AGREE = 1e-5
-"""Largest relative difference of two losses that counts as fp32 rounding: 20 times what the longest sweep tried has."""
 
 
 class Disagreement(RuntimeError):
@@ -45,6 +43,8 @@ class Side:
     tokens: int
     """Tokens of one step."""
     lowered: Any
+    dtype: str
+    """The coarsest type to which the model casts on the way to its loss; "float32" where it casts to none that is coarser."""
     compiled: Any = None
     state: Any = None
     compile_seconds: float = 0.0
@@ -54,6 +54,10 @@ class Side:
     """Seconds of a step, the median of each finished round."""
     busy: list[float] = field(default_factory=list)
     """CPU cores that the process kept busy during the timed steps of each finished round."""
+
+    def agree(self) -> float:
+        """Largest relative difference of its loss from another split's that rounding explains."""
+        return agreement(self.dtype, self.tokens)
 
     def rate(self) -> float:
         """Tokens a second, the median over finished rounds."""
@@ -101,7 +105,13 @@ def _side(sweep: Sweep, point: Point, found: Sequence[Any], dataset: Dataset) ->
         lowered = step.step.lower(step.abstract_state(), batch)
         step.split.layouts.check_used()
     return Side(
-        point, experiment, step, counted(shapes), lowered, compile_seconds=time.perf_counter() - began
+        point,
+        experiment,
+        step,
+        counted(shapes),
+        lowered,
+        loss_dtype(step, batch),
+        compile_seconds=time.perf_counter() - began,
     )
 
 
@@ -183,7 +193,8 @@ def _turn(side: Side, dataset: Dataset, updates: int) -> list[tuple[float, float
 def disagreements(sides: Sequence[Side]) -> dict[int, float]:
     """Largest relative difference of losses at any update, for each global batch, over the sides that have that batch.
 
-    Raises `Disagreement`, naming sides, update and losses, where it is more than `AGREE` or a loss is not finite.
+    Raises `Disagreement`, naming sides, update and losses, where it is more than their type's rounding explains
+    (`Side.agree`) or a loss is not finite.
     """
     found: dict[int, float] = {}
     for batch in dict.fromkeys(s.point.batch for s in sides):
@@ -192,12 +203,12 @@ def disagreements(sides: Sequence[Side]) -> dict[int, float]:
         for at, losses in enumerate(zip(*(s.losses for s in alike), strict=True)):
             low, high = min(losses), max(losses)
             apart = (high - low) / abs(low) if low else high - low
-            if not apart <= AGREE:  # written so that a loss that is not a number departs too
+            if not apart <= alike[0].agree():  # written so that a loss that is not a number departs too
                 told = ", ".join(f"{x:.7g} ({s.point})" for s, x in zip(alike, losses, strict=True))
                 raise Disagreement(
                     f"The losses of update {at + 1} on the same {batch} rows differ by {apart:.1e} of their size, and "
-                    f"fp32 rounding explains {AGREE:.0e}: {told}. One of these splits computes something else, so its "
-                    f"speed means nothing; the round is not recorded."
+                    f"rounding of {alike[0].dtype}, in which the model computes, explains {alike[0].agree():.0e}: {told}. One "
+                    f"of these splits computes something else, so its speed means nothing; the round is not recorded."
                 )
             found[batch] = max(found[batch], apart)
     return found

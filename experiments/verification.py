@@ -6,22 +6,22 @@ config -> one device in the working precision and in double (the budget) -> ever
 
 from __future__ import annotations
 
-import functools
 import math
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import Any
 
 import jax
 import numpy as np
 
-from experiments.assemble import one_device, train_step
+from experiments.assemble import train_step
 from experiments.config import Experiment
 from experiments.data.contract import Dataset
 from experiments.verified import KINDS, Case, Outcome, Verified
+from experiments.verified_oracle import Oracle, in_double
 from experiments.verified_rows import batches, fewest_rows, indices_of
 from sharding.axes import MeshShape
 from sharding.errors import InputError
@@ -29,13 +29,12 @@ from sharding.foreign import Foreign
 from sharding.params import declare
 from sharding.partitioner import Auto, Manual, Partitioner
 from sharding.proof.bisect import Departure, bisect
-from sharding.proof.budget import MOST, Budget, largest
-from sharding.proof.double import doubled, narrowed
+from sharding.proof.double import doubled
 from sharding.proof.meshes import axes_of, shapes
 from sharding.proof.trial import Going, Leaves, Ready, Untraced
 from sharding.proof.untraced import at_trace
-from sharding.proof.updates import compared, departing_update
-from sharding.proof.witness import Seen, witness
+from sharding.proof.updates import One, compared, departing_update
+from sharding.proof.witness import witness
 from sharding.step import TrainStep
 
 AHEAD = 2
@@ -100,10 +99,10 @@ def verify(
     _own_stands(experiment, outcomes)
     outcomes = work.explained(outcomes)
     outcomes.sort(key=lambda o: asked.index(o.case))
-    terms, leaves = work.budget.terms, len(work.single.gradients)
+    oracle, rounding = work.oracle, tuple(sorted(work.oracle.rounding))
+    terms, leaves = oracle.budget.terms, len(oracle.one.single.gradients)
     precision = "float64" if x64 else str(getattr(experiment.model, "dtype", "float32"))
-    rounding = tuple(sorted(work.budget.arbitrary(work.single.gradients, work.exact.gradients)))
-    return Verified(tuple(outcomes), steps, work.rows, terms, leaves, precision, work.budget.within, rounding)
+    return Verified(tuple(outcomes), steps, work.rows, terms, leaves, precision, oracle.within, rounding)
 
 
 class _Work:
@@ -119,17 +118,11 @@ class _Work:
 
     def step(self, case: Case) -> TrainStep:
         """The case's step on the first devices."""
-        wide = self._wide() if self.x64 else self.experiment
+        wide = in_double(self.experiment) if self.x64 else self.experiment
         e = replace(wide, mesh=case.mesh, partitioner=case.partitioner)
         with jax.enable_x64(self.x64):
             model = doubled(e.model.build()) if self.x64 else None
             return train_step(e, self.found[: case.mesh.devices], model)
-
-    def _wide(self) -> Experiment:
-        """The experiment whose model computes in double, where it has a dtype to set."""
-        model: Any = self.experiment.model
-        has = any(f.name == "dtype" for f in fields(model))
-        return replace(self.experiment, model=replace(model, dtype="float64")) if has else self.experiment
 
     def legal(self, asked: Sequence[Case]) -> tuple[list[tuple[Case, TrainStep]], list[Outcome]]:
         """The cases that can be laid out, with their steps, and those that the rules refuse."""
@@ -143,45 +136,10 @@ class _Work:
         return good, bad
 
     def judge(self) -> None:
-        """Run one device in the working precision and in double; both stay compiled for what a departure asks."""
-        self.batches = batches(
-            self.experiment, self.dataset, self.rows, self.steps, indices_of(self.experiment.model.build())
-        )
-        wide = self._wide()
-        with jax.enable_x64(True):
-            two = one_device(wide, doubled(wide.model.build()))
-        self.one, self.two = Ready(one_device(self.experiment), self.rows), Ready(two, self.rows, True)
-        self.single = self.one.run(self.experiment.seed, self.batches)
-        # The same start: a foreign model may draw other numbers in double.
-        self.exact = self.two.run(self.experiment.seed, self.batches, self.single.initial)
-        self.budget = Budget(self.batches[0]["weights"].size, self.x64, narrowed(two, self.rows))
-        self._check_finite()
-        self._check_rounding()
-
-    def _check_finite(self) -> None:
-        """Refuse a training that leaves the numbers: after that every split agrees with anything."""
-        bad = self.single.broken() or self.exact.broken()
-        if bad:
-            raise InputError(
-                f"{bad} of one device is not finite within {self.steps} updates, so there is nothing to compare with. Give a "
-                f"smaller --optimizer.peak, fewer --steps or another --seed."
-            )
-
-    def _check_rounding(self) -> None:
-        """Refuse a model that computes something else in double: the difference would be taken for rounding."""
-        own = self.budget.within.get("gradient") or str(getattr(self.experiment.model, "dtype", ""))
-        most = MOST["float32" if own in ("", "float32", "float64") else "bfloat16"]
-        got, want = self.single.gradients, self.exact.gradients
-        overall = max(largest(g) for g in want.values())
-        for path, exact in want.items():
-            off = largest(got[path].astype(np.float64) - exact) / max(largest(exact), 1e-3 * overall, 1e-300)
-            if not off <= most:
-                raise InputError(
-                    f"One device in the model's own precision and in double differ by {off:.1e} in the gradient of {path}, "
-                    f"where rounding would make at most {most:.0e}: the model computes something else in double, so no "
-                    f"error budget can be derived. Draw random bits as integers (jax.random.bits), since floating "
-                    f"draws depend on the precision, or give verify a tamer start (another --seed, a smaller scale)."
-                )
+        """Train on one device; what it ran stays compiled for what a departure asks."""
+        indices = indices_of(self.experiment.model.build())
+        self.batches = batches(self.experiment, self.dataset, self.rows, self.steps, indices)
+        self.oracle = Oracle(self.experiment, self.batches, self.rows, self.x64)
 
     def outcome(self, case: Case, ready: Ready | BaseException) -> Outcome:
         """Run a compiled case and compare it."""
@@ -195,17 +153,18 @@ class _Work:
                 raise ready
             # Both partitioners lay the parameters alike: what one of them drew on this mesh is what the other would.
             foreign = self.x64 and isinstance(ready.step.model, Foreign)
-            start = self.single.initial if foreign else self.drawn.get(case.mesh)
+            start = self.oracle.initial if foreign else self.drawn.get(case.mesh)
             trial = ready.run(self.experiment.seed, self.batches, start)
             self.drawn[case.mesh] = trial.initial
         except (TypeError, ValueError, RuntimeError, AssertionError, IndexError, KeyError) as error:
             return Outcome(
                 case, {}, "", (), failed=f"{type(error).__name__}: {' '.join(str(error).split())[:600]}"
             )
-        found = compared(self.budget, trial, self.single, self.exact)
+        found = compared(self.oracle.budget, trial, self.oracle.one)
         worst = {k: max(found[k], key=lambda c: (c.departs, c.share)) for k in KINDS if found[k]}
         drawn = {p: w.astype(np.float32) for p, w in trial.initial.items()}
-        initial = next((p for p, w in self.single.initial.items() if not np.array_equal(drawn[p], w)), "")
+        first = self.oracle.initial
+        initial = next((p for p, w in first.items() if not np.array_equal(drawn[p], w)), "")
         made = Outcome(case, worst, initial, tuple(trial.uneven))
         old = self.departing.get(case.partitioner)
         if made.departs and (old is None or case.mesh.devices < old[0].mesh.devices):
@@ -233,19 +192,15 @@ class _Work:
                 "initial", f"the initial values of {o.initial}", step.layouts[o.initial].param.text(), (), 1.0, 0.0,
                 "another draw: initial values must be a function of seed and path alone",
             )  # fmt: skip
-        first = self.single.initial
+        first, oracle = self.oracle.initial, self.oracle
         seen = witness(step, first, self.batches[0], self.x64)
-        where = bisect(seen, *self._witnessed, step.split.layouts.sizes, self.budget)
+        gradients = "gradient" in o.worst and o.worst["gradient"].departs
+        where = bisect(seen, oracle.witnessed, step.split.layouts.sizes, oracle.budget, gradients)
         if where is not None:
             return where
-        split, one, two = (Going(r, self.experiment.seed, first) for r in (ready, self.one, self.two))
-        return departing_update(split, one, two, self.batches, self.budget)
-
-    @functools.cached_property
-    def _witnessed(self) -> tuple[list[Seen], list[Seen]]:
-        """What the named ops of one device made, in the working precision and in double."""
-        first, batch = self.single.initial, self.batches[0]
-        return witness(self.one.step, first, batch), witness(self.two.step, first, batch, True)
+        begun = {r: Going(r, self.experiment.seed, first) for r in dict.fromkeys((ready, *oracle.ready))}
+        one = One(*(begun[r] for r in oracle.ready))
+        return departing_update(begun[ready], one, self.batches, oracle.budget)
 
 
 @contextmanager

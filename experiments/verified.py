@@ -77,7 +77,7 @@ class Verified:
     precision: str
     """Type in which the model computes."""
     within: Mapping[str, str]
-    """Kind of array -> a narrower dtype that the step itself casts to, whose rounding its budget holds; none: no entry."""
+    """Kind of array -> a narrower dtype that the step itself casts to and that moves arrays of it; none: no entry."""
     rounding: tuple[str, ...] = ()
     """Parameters whose gradients are nothing but rounding: what the updates make of them is hardly judged."""
 

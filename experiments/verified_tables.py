@@ -97,10 +97,9 @@ def _rounding(console: Console, made: Verified) -> None:
     for dtype in sorted(set(made.within.values())):
         kinds = [kind for kind in KINDS if made.within.get(kind) == dtype]
         who = "The model" if "gradient" in kinds else "A metric" if kinds == ["loss"] else "The optimizer"
-        whose = "every budget" if "gradient" in kinds else f"the budget of {', '.join(kinds)}"
         console.print(
-            f"{who} computes in {dtype} by itself, whatever it is given: {whose} holds that rounding, and smaller errors "
-            f"go unseen."
+            f"{who} computes in {dtype} by itself, whatever it is given: the budget of each {', '.join(kinds)} array that this "
+            f"moves holds that rounding, and smaller errors go unseen."
         )
     if made.rounding:
         console.print(

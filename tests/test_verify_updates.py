@@ -143,7 +143,7 @@ def test_a_late_fault_is_found_in_one_pass_and_nothing_is_compiled_anew(
     assert d is not None
     assert "after update 6" in d.what, d
     assert updates == {"split": 12, "one device": 24}  # the verification's 6 each, and 6 each again
-    assert traced == {"split": 1, "one device": 3}  # float32, double, and double to look for casts
+    assert traced == {"split": 1, "one device": 2}  # float32 and double
 
 
 # A fault of the scan over layers alone: nothing is wrong when the same layers are unrolled.

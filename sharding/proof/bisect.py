@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import takewhile
 
@@ -31,58 +31,71 @@ class Departure:
     looks: str
 
 
-def bisect(
-    found: list[Seen], single: list[Seen], exact: list[Seen], sizes: Mapping[str, int], budget: Budget
-) -> Departure | None:
-    """The first result of a named op that departs going forward, else the first gradient of one going backward.
+Heard = tuple[Seen, Seen, Seen, Seen]
+"""One tensor of a split, of one device in the working precision, in double, and in double without its own casts."""
 
-    `found` is what a split over axes of these `sizes` made (`witness`), `single` and `exact` what one device made in the
-    working precision and in double. None when all named ops agree: the fault lies after them, or the model has none.
+
+def bisect(
+    found: list[Seen],
+    one: tuple[list[Seen], list[Seen], list[Seen]],
+    sizes: Mapping[str, int],
+    budget: Budget,
+    gradients: bool = False,
+) -> Departure | None:
+    """The first result of a named op that departs going forward, else the first gradient of one going backward; of results
+    that the loss does not depend on, which feed metrics alone, the first if no gradient departs.
+
+    `found` is what a split over axes of these `sizes` made (`witness`), `one` what one device made in the working precision,
+    in double, and in double without its own casts. `gradients`: whether a parameter's departs. None when all named ops agree:
+    the fault lies after them, or the model has none.
     """
     # A model may ask how it is split and compute something else there: from that place on nothing is comparable.
-    heard = list(takewhile(_comparable, zip(found, single, exact, strict=False)))
-    for f, s, r in heard:
-        made = _departure("forward", f, f.value, s.value, r.value, sizes, budget, f.replicas)
-        if made:
+    heard = list(takewhile(_comparable, zip(found, *one, strict=False)))
+    first: Departure | None = None
+    for seen in heard:
+        made = _departure("forward", seen, [s.value for s in seen], sizes, budget)
+        first = first or made
+        if first and made and _in_loss(seen):
             # A single number says little of what is wrong with it: its gradients say more.
-            back = None if f.layout.names else _backward(heard, sizes, budget)
-            return made if back is None else replace(made, looks=f"{made.looks}; {back.what}: {back.looks}")
-    return _backward(heard, sizes, budget)
+            back = None if seen[0].layout.names or first is not made else _backward(heard, sizes, budget)
+            return (
+                first if back is None else replace(first, looks=f"{first.looks}; {back.what}: {back.looks}")
+            )
+    return _backward(heard, sizes, budget) or (None if gradients else first)
 
 
-def _comparable(seen: tuple[Seen, Seen, Seen]) -> bool:
+def _in_loss(seen: Heard) -> bool:
+    """Whether the loss depends on it; integers and what has no gradient may well be on the way to it."""
+    gradient = seen[2].gradient
+    return gradient is None or bool(gradient.any())
+
+
+def _comparable(seen: Heard) -> bool:
     shapes = {s.value.shape[len(s.replicas) :] for s in seen}
     # The op may differ: what one device computes as several products a split may take as one.
     return len(shapes) == 1 and len({(s.tap.scope, s.tap.source, s.tap.names) for s in seen}) == 1
 
 
-def _backward(
-    heard: list[tuple[Seen, Seen, Seen]], sizes: Mapping[str, int], budget: Budget
-) -> Departure | None:
-    for f, s, r in reversed(heard):
-        if f.gradient is not None and s.gradient is not None and r.gradient is not None:
-            made = _departure("backward", f, f.gradient, s.gradient, r.gradient, sizes, budget, ())
-            if made:
-                return made
+def _backward(heard: list[Heard], sizes: Mapping[str, int], budget: Budget) -> Departure | None:
+    for seen in reversed(heard):
+        given = [s.gradient for s in seen if s.gradient is not None]
+        made = _departure("backward", seen, given, sizes, budget) if len(given) == len(seen) else None
+        if made:
+            return made
     return None
 
 
 def _departure(
-    phase: str,
-    seen: Seen,
-    found: np.ndarray,
-    single: np.ndarray,
-    exact: np.ndarray,
-    sizes: Mapping[str, int],
-    budget: Budget,
-    replicas: tuple[str, ...],
+    phase: str, heard: Heard, values: Sequence[np.ndarray], sizes: Mapping[str, int], budget: Budget
 ) -> Departure | None:
+    """Whether the first of four `values` departs from what one device made."""
+    seen, (found, single, exact, wide) = heard[0], values
+    replicas = seen.replicas if phase == "forward" else ()
     each = found.reshape(-1, *exact.shape) if replicas else found[None]
-    named = {"": exact} if np.issubdtype(exact.dtype, np.floating) else {"": exact.astype(np.float64)}
-    worst = max(
-        (budget.compare("gradient", {"": x}, {"": single}, named)[0] for x in each),
-        key=lambda c: (c.departs, c.share),
-    )
+    if not np.issubdtype(exact.dtype, np.floating):
+        exact, wide = exact.astype(np.float64), wide.astype(np.float64)
+    against = lambda x: budget.compare("gradient", {"": x}, {"": single}, {"": exact}, wide={"": wide})[0]
+    worst = max(map(against, each), key=lambda c: (c.departs, c.share))
     if not worst.departs:
         return None
     want = exact if budget.double else single

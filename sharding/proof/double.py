@@ -1,21 +1,48 @@
-"""A model in double precision: the oracle that a split's rounding is measured against."""
+"""Double precision: a model in it, the oracle that a split's rounding is measured against, and the same with its own casts left
+out.
+
+A step in double still rounds where its model or its optimizer casts by itself (`x.astype(bfloat16)`, products with a
+`preferred_element_type`, moments kept in bfloat16), wherever the cast stands: in a scan, a jit, a checkpoint, a backward pass
+that was written out. `widely` runs its jaxpr with these casts left out: what lies between the two is what they round.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
-from jax.extend.core import Jaxpr
+from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 
-from sharding.ledger import equations, subjaxprs
-from sharding.proof.trial import widened
-from sharding.step import TrainStep
+from sharding.ledger import subjaxprs
 
 M = TypeVar("M")
+
+ROUNDS = ("convert_element_type", "reduce_precision")
+"""Primitives that do nothing but give a floating value another type, or as many bits as one."""
+CALLS = (
+    "pjit",
+    "jit",
+    "closed_call",
+    "core_call",
+    "checkpoint",
+    "remat",
+    "remat2",
+    "custom_jvp_call",
+    "custom_vjp_call",
+)
+"""Primitives that do nothing but run a body. Nothing is differentiated any more, so those of gradients are among them."""
+AS_WRITTEN = ("bitcast_convert_type", "pallas_call", "ffi_call", "pure_callback", "io_callback")
+"""Primitives that mean the types that they were written for: they run in these."""
+
+
+def widened(dtype: Any) -> Any:
+    """float64 for a floating dtype, any other (of random keys too) as it is."""
+    return np.dtype(np.float64) if jnp.issubdtype(dtype, jnp.floating) else dtype
 
 
 def doubled(model: M) -> M:
@@ -31,47 +58,96 @@ def doubled(model: M) -> M:
     return model
 
 
-def narrowed(step: TrainStep, rows: int) -> dict[str, str]:
-    """Kind of array -> the narrowest floating dtype to which a step in double casts something by itself on the way to it;
-    no entry where it casts nothing. For gradients forward and backward pass count, for what follows the optimizer too;
-    a cast on the way to a metric alone counts for metrics.
+def widely(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function without its own casts to narrower types: what follows one stays in float64. To be called where float64 is
+    enabled; all floating results are float64. What is narrower from the start (made of integers) stays as it is.
     """
-    with jax.enable_x64(True):
-        batch = {
-            k: jax.ShapeDtypeStruct(x.shape, widened(x.dtype)) for k, x in step.abstract_batch(rows).items()
-        }
-        traced, made = jax.make_jaxpr(step.updated, return_shape=True)(step.abstract_state(), batch)
-    state, metrics, gradients = jax.tree.unflatten(jax.tree.structure(made), traced.jaxpr.outvars)
-    behind = lambda *ends: _narrowest(_behind(traced.jaxpr, jax.tree.leaves(ends)))
-    after = behind(state)  # what later updates begin with
-    found = {
-        "gradient": behind(gradients),
-        "loss": behind(state, metrics),
-        "parameter": after,
-        "optimizer": after,
-    }
-    return {kind: dtype for kind, dtype in found.items() if dtype}
+
+    def run(*given: Any) -> Any:
+        closed, made = jax.make_jaxpr(function, return_shape=True)(*given)
+        values = _run(closed.jaxpr, closed.consts, jax.tree.leaves(given))
+        return jax.tree.unflatten(jax.tree.structure(made), [_widen(x) for x in values])
+
+    return run
 
 
-def _behind(jaxpr: Jaxpr, ends: Iterable[Any]) -> list[Any]:
-    """The equations that some results of a jaxpr come from."""
-    needed, found = set(map(id, ends)), []
-    for eqn in reversed(jaxpr.eqns):
-        if any(id(v) in needed for v in eqn.outvars):
-            needed |= set(map(id, eqn.invars))
-            found.append(eqn)
-    return found
+def narrowed(jaxpr: Jaxpr) -> frozenset[str]:
+    """The floating dtypes that a jaxpr itself goes to from finer ones, inner bodies included."""
+    return frozenset(to for eqn in jaxpr.eqns for to in _narrowing(eqn))
 
 
-def _narrowest(eqns: Iterable[Any]) -> str:
-    """The coarsest dtype that a cast from a finer one leads to, inner equations included; "" without such a cast."""
-    eps = lambda dtype: float(jnp.finfo(dtype).eps)
-    to: set[str] = set()
-    for outer in eqns:
-        bodies = list(subjaxprs(outer.params))
-        for eqn in [eqn for body in bodies for eqn, *_ in equations(body)] if bodies else [outer]:
-            if eqn.primitive.name == "convert_element_type":
-                a, b = eqn.invars[0].aval.dtype, eqn.outvars[0].aval.dtype
-                if all(jnp.issubdtype(x, jnp.floating) for x in (a, b)) and eps(b) > eps(a):
-                    to.add(str(b))
-    return max(to, key=eps, default="")
+def unit(dtype: Any) -> float:
+    """The unit roundoff of a floating dtype."""
+    return float(jnp.finfo(dtype).eps) / 2
+
+
+def _narrowing(eqn: Any) -> Iterator[str]:
+    """The dtypes that an equation goes to from finer ones."""
+    for body in subjaxprs(eqn.params):
+        for inner in body.eqns:
+            yield from _narrowing(inner)
+    if eqn.primitive.name == "reduce_precision":
+        yield from ("bfloat16",) if eqn.params["mantissa_bits"] < 23 else ()
+    elif eqn.primitive.name in ROUNDS or eqn.params.get("preferred_element_type") is not None:
+        to = eqn.outvars[0].aval.dtype
+        among = [v.aval.dtype for v in (*eqn.invars, *eqn.outvars)]
+        if all(jnp.issubdtype(x, jnp.floating) for x in among) and unit(to) > min(map(unit, among)):
+            yield str(to)
+
+
+def _run(jaxpr: Jaxpr, consts: Sequence[Any], given: Sequence[Any]) -> list[Any]:
+    """A jaxpr's results from arguments some of which are widened."""
+    known = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *given], strict=True))
+    read = lambda v: v.val if isinstance(v, Literal) else known[v]
+    for eqn in jaxpr.eqns:
+        known.update(zip(eqn.outvars, _made(eqn, [read(v) for v in eqn.invars]), strict=True))
+    return [read(v) for v in jaxpr.outvars]
+
+
+def _made(eqn: Any, given: list[Any]) -> Sequence[Any]:
+    """What an equation makes of operands some of which are widened: if one is, or if the equation casts, of all widened."""
+    name, params = eqn.primitive.name, eqn.params
+    if name in CALLS:
+        body = params["call_jaxpr"] if "call_jaxpr" in params else params["jaxpr"]
+        return (
+            _run(body.jaxpr, body.consts, given) if isinstance(body, ClosedJaxpr) else _run(body, (), given)
+        )
+    pairs = list(zip(given, eqn.invars, strict=True))
+    wide = any(not isinstance(v, Literal) and x.dtype != v.aval.dtype for x, v in pairs)
+    if name in AS_WRITTEN:
+        given = [x.astype(v.aval.dtype) if not isinstance(v, Literal) else x for x, v in pairs]
+    elif wide or any(_narrowing(eqn)):
+        given = [_widen(x) for x in given]
+        if name in ROUNDS and _floats(given[0]) and jnp.issubdtype(eqn.outvars[0].aval.dtype, jnp.floating):
+            return given
+        params = {k: _parameter(k, v) for k, v in params.items()}
+    out = eqn.primitive.bind(*given, **params)
+    return out if eqn.primitive.multiple_results else [out]
+
+
+def _parameter(name: str, value: Any) -> Any:
+    """An equation's parameter, for widened operands."""
+    if isinstance(value, (tuple, list)) and not hasattr(value, "_fields"):
+        return type(value)(_parameter(name, x) for x in value)
+    if isinstance(value, ClosedJaxpr):
+        return _body(value)
+    if isinstance(value, Jaxpr):
+        return _body(ClosedJaxpr(value, ())).jaxpr
+    if isinstance(value, (jax.lax.DotAlgorithm, jax.lax.DotAlgorithmPreset)):
+        return None  # it names the types of its operands
+    return widened(value) if isinstance(value, np.dtype) else value
+
+
+def _body(closed: ClosedJaxpr) -> ClosedJaxpr:
+    shapes = [jax.ShapeDtypeStruct(v.shape, widened(v.dtype)) for v in closed.in_avals]
+    run = lambda *given: [_widen(x) for x in _run(closed.jaxpr, closed.consts, given)]
+    return jax.make_jaxpr(run)(*shapes)
+
+
+def _floats(x: Any) -> bool:
+    return jnp.issubdtype(x.dtype if hasattr(x, "dtype") else jnp.result_type(x), jnp.floating)
+
+
+def _widen(x: Any) -> Any:
+    """A value, in float64 if it is floating."""
+    return jnp.asarray(x, jnp.float64) if _floats(x) else x

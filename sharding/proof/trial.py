@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sharding.errors import InputError
+from sharding.proof.double import narrowed, widely, widened
 from sharding.step import TrainStep
 
 Leaves = dict[str, np.ndarray]
@@ -57,9 +58,13 @@ class Untraced(Exception):
 
 
 class Ready:
-    """A step compiled for a trial; compiling and running are apart so that one can go on while another runs."""
+    """A step compiled for a trial; compiling and running are apart so that one can go on while another runs.
 
-    def __init__(self, step: TrainStep, rows: int, double: bool = False):
+    double: in float64. wide: what the step itself casts to narrower types is left out as well. `casts` are the types that it
+    casts to from finer ones.
+    """
+
+    def __init__(self, step: TrainStep, rows: int, double: bool = False, wide: bool = False):
         self.step, self.double = step, double
         put = {
             k: jax.ShapeDtypeStruct(
@@ -68,14 +73,20 @@ class Ready:
             for k, x in step.abstract_batch(rows).items()
         }
         with jax.enable_x64(double):
-            self.state = step.abstract_state()
-            made = jax.jit(step.updated, donate_argnums=0, out_shardings=(step.state_shardings(), None, None))
+            held = step.abstract_state()
+            grown = lambda x: jax.ShapeDtypeStruct(x.shape, widened(x.dtype))
+            self.state = jax.tree.map(grown, held) if wide else held
+            lies = (step.state_shardings(), None, None)
+            made = jax.jit(
+                widely(step.updated) if wide else step.updated, donate_argnums=0, out_shardings=lies
+            )
             try:
                 traced = made.trace(self.state, put)
             except Exception as error:  # its author's code, and jax's where types do not fit: of any kind
                 if isinstance(error, InputError) or step.split.mesh is None:
                     raise
                 raise Untraced(f"{type(error).__name__}: {error}") from error
+            self.casts = narrowed(traced.jaxpr.jaxpr)
             self.update = traced.lower().compile()
 
     def run(
@@ -128,11 +139,6 @@ class Going:
             uneven = {f"{k} {p}": c for k, part in parts.items() for p, x in part.items() if (c := copies(x))}
             means = {p: g / g.dtype.type(clipped) for p, g in host(self.gradients).items()}
             return Trial(self.initial, values, means, host(params), host(moments), uneven)
-
-
-def widened(dtype: Any) -> Any:
-    """float64 for a floating dtype, any other as it is."""
-    return np.dtype(np.float64) if jnp.issubdtype(dtype, jnp.floating) else np.dtype(dtype)
 
 
 def host(leaves: Mapping[str, Any]) -> Leaves:

@@ -17,7 +17,8 @@ from jax.sharding import PartitionSpec
 from sharding.ledger import asked_by, frame_kind
 from sharding.partitioner import Manual
 from sharding.proof.bisect import Departure
-from sharding.proof.trial import Untraced, widened
+from sharding.proof.double import widened
+from sharding.proof.trial import Untraced
 from sharding.region import enter
 from sharding.relayout import varying
 from sharding.step import TrainStep

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import replace
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -11,37 +11,56 @@ from sharding.layout import Layout
 from sharding.proof.bisect import Departure, placed
 from sharding.proof.budget import Budget, Compared, typical
 from sharding.proof.diagnose import Error, common, diagnose
+from sharding.proof.double import unit
 from sharding.proof.trial import Copies, Going, Leaves, Trial
 
 PARTS = {"gradient": "gradients", "loss": "metrics", "parameter": "params", "optimizer": "optimizer"}
 """Kind of array -> where a trial holds it, in the order in which an update makes them."""
 
 
-def compared(budget: Budget, found: Trial, single: Trial, exact: Trial) -> dict[str, list[Compared]]:
-    """Kind -> every array of a trial against one device in the working precision and in double."""
-    moved = {p: typical(w.astype(np.float64) - exact.initial[p]) for p, w in exact.params.items()}
-    rounding = budget.arbitrary(single.gradients, exact.gradients)
+class One(NamedTuple):
+    """What one device made (a trial of each, or one under way): in the working precision, in double, and in double without the
+    step's own casts; the last two are the same where it has none.
+    """
 
-    def against(kind: str, arbitrary: Collection[str] = ()) -> list[Compared]:
-        sides = (leaves(trial, kind) for trial in (found, single, exact))
-        return budget.compare(kind, *sides, moved=moved, arbitrary=arbitrary)
+    single: Any
+    exact: Any
+    wide: Any
+
+
+def compared(budget: Budget, found: Trial, one: One) -> dict[str, list[Compared]]:
+    """Kind -> every array of a trial against those of one device."""
+    exact = one.exact
+    moved = {p: typical(w.astype(np.float64) - exact.initial[p]) for p, w in exact.params.items()}
+    rounding = budget.arbitrary(one.single.gradients, one.wide.gradients)
+
+    def against(kind: str, arbitrary: Collection[str] = (), unsigned: Collection[str] = ()) -> list[Compared]:
+        mine, single, two, wide = (leaves(trial, kind) for trial in (found, *one))
+        return budget.compare(kind, mine, single, two, moved, arbitrary, wide, unsigned)
 
     made = {"gradient": against("gradient", rounding), "loss": against("loss")}
     unsure = rounding | {c.path for c in made["gradient"] if c.coarse}
     resting = {at for at in exact.optimizer if any(f"'{p}'" in at for p in unsure)}
-    made |= {"parameter": against("parameter", unsure), "optimizer": against("optimizer", resting)}
-    first = _first_metrics(budget, found, single, exact)
+    signs = {c.path for c in made["gradient"] if c.casts}
+    made |= {"parameter": against("parameter", unsure, signs), "optimizer": against("optimizer", resting)}
+    first = _first_metrics(budget, found, one)
     made["loss"] = [max(pair, key=lambda c: c.share) for pair in zip(made["loss"], first, strict=True)]
     return made
 
 
-def _first_metrics(budget: Budget, found: Trial, single: Trial, exact: Trial) -> list[Compared]:
+def own_casts(budget: Budget, one: One) -> dict[str, str]:
+    """Kind of array -> the coarsest dtype of the step's own casts that moves an array of it; no entry where none does."""
+    made = compared(budget, one.exact if budget.double else one.single, one) if budget.casts else {}
+    found = {kind: {c.casts for c in arrays if c.casts} for kind, arrays in made.items()}
+    return {kind: max(to, key=unit) for kind, to in found.items() if to}
+
+
+def _first_metrics(budget: Budget, found: Trial, one: One) -> list[Compared]:
     """The metrics of the first update alone: made before the optimizer casts anything, so without room for its casts."""
-    before = {"loss": dtype} if (dtype := budget.within.get("gradient")) else {}
-    mine, one, two = (leaves(t, "loss") for t in (found, single, exact))
-    rest = two if budget.double else one
-    alone = {p: np.concatenate([x[:1], rest[p][1:]]) for p, x in mine.items() if p in rest}
-    return replace(budget, within=before).compare("loss", alone, one, two)
+    mine, single, exact, wide = (leaves(t, "loss") for t in (found, *one))
+    begun = lambda x, rest: {p: np.concatenate([v[:1], rest[p][1:]]) for p, v in x.items() if p in rest}
+    alone = begun(mine, exact if budget.double else single)
+    return budget.compare("loss", alone, single, exact, wide=begun(wide, exact))
 
 
 def leaves(trial: Trial, kind: str) -> Leaves:
@@ -52,19 +71,21 @@ def leaves(trial: Trial, kind: str) -> Leaves:
 
 
 def departing_update(
-    found: Going, single: Going, exact: Going, batches: Sequence[Mapping[str, np.ndarray]], budget: Budget
+    found: Going, one: One, batches: Sequence[Mapping[str, np.ndarray]], budget: Budget
 ) -> Departure | None:
     """The leaf that departs most after the first update after which one departs; None when none ever does.
 
-    All three trials are begun from the same parameters and not updated yet.
+    All trials are begun from the same parameters and not updated yet.
     """
     before: tuple[Trial, Trial] | None = None
     for at, batch in enumerate(batches, 1):
-        for going in (found, single, exact):
+        trials = {}
+        for going in dict.fromkeys((found, *one)):
             going.update(batch)
-        trials = found.trial(), single.trial(), exact.trial()
-        mine, want = trials[0], trials[2] if budget.double else trials[1]
-        for kind, made in compared(budget, *trials).items():
+            trials[going] = going.trial()
+        now = One(*(trials[going] for going in one))
+        mine, want = trials[found], now.exact if budget.double else now.single
+        for kind, made in compared(budget, mine, now).items():
             if wrong := [c for c in made if c.departs or f"{kind} {c.path}" in mine.uneven]:
                 worst = max(wrong, key=lambda c: c.share)
                 told = _of_metric if kind == "loss" else _of_leaf

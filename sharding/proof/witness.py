@@ -18,7 +18,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from sharding.layout import Layout
 from sharding.partitioner import Manual
-from sharding.proof.trial import copies, host, widened
+from sharding.proof.double import widely, widened
+from sharding.proof.trial import copies, host
 from sharding.region import Tap, enter
 from sharding.relayout import varying
 from sharding.step import TrainStep
@@ -49,16 +50,22 @@ class Seen:
 
 
 def witness(
-    step: TrainStep, params: Mapping[str, np.ndarray], batch: Mapping[str, np.ndarray], double: bool = False
+    step: TrainStep,
+    params: Mapping[str, np.ndarray],
+    batch: Mapping[str, np.ndarray],
+    double: bool = False,
+    wide: bool = False,
 ) -> list[Seen]:
-    """Every tensor of the step's forward pass from whole parameters and a whole batch, in program order."""
+    """Every tensor of the step's forward pass from whole parameters and a whole batch, in program order. `double` and `wide`
+    as in `Ready`.
+    """
     with jax.enable_x64(double):
-        wide = lambda x: x.astype(widened(x.dtype)) if double else x
-        put = lambda x, s: jnp.asarray(wide(x)) if s is None else jax.device_put(wide(x), s)
+        grown = lambda x: x.astype(widened(x.dtype)) if double else x
+        put = lambda x, s: jnp.asarray(grown(x)) if s is None else jax.device_put(grown(x), s)
         rest = {p: step.sharding(lies.param) for p, lies in step.layouts.items()}
         held = {p: put(params[p], rest[p]) for p in step.layouts}
         rows = {k: put(batch[k], s) for k, s in step.batch_shardings().items()}
-        return _Listening(step, held, rows).run()
+        return _Listening(step, held, rows).run(wide)
 
 
 def _natural(
@@ -90,10 +97,11 @@ class _Listening:
         self.manual = isinstance(step.split.partitioner, Manual) and step.split.mesh is not None
         self.heard: list[tuple[Tap, Layout, tuple[str, ...], Any]] = []
 
-    def run(self) -> list[Seen]:
+    def run(self, wide: bool) -> list[Seen]:
         self._find()
         zeros = [self._zero(layout, shape) for _, layout, _, shape in self.heard]
-        values, gradients = jax.jit(self._global)(self.params, self.batch, zeros)
+        made = jax.jit(widely(self._global) if wide else self._global)
+        values, gradients = made(self.params, self.batch, zeros)
         out = []
         for (tap, layout, replicas, _), value, gradient in zip(self.heard, values, gradients, strict=True):
             told = None if self.manual or self.step.split.mesh is None else copies(value)
