@@ -48,6 +48,10 @@ WORK = (
 BETWEEN_SLICES = "_xla_megascale_transfer_type"
 """Attribute of a `send` to another TPU slice: the collective that it is part of."""
 
+CUT = "all-reduce-scatter"
+"""How a TPU's compiler calls a fusion, or the computation that it calls, in which a reduce-scatter is written as an all-reduce
+whose result is cut; it sends what a reduce-scatter does."""
+
 NOWHERE = ("?",)
 """Axes of groups that are no product of the mesh's axes."""
 
@@ -106,8 +110,10 @@ class _Reading:
                 for inner in i.calls:
                     yield from self.found(inner, again, fused)
             elif not i.opcode.endswith(("-done", "-update")):
-                name = i.name if i.opcode == "fusion" else fused
                 for inner in i.calls:
+                    called = self.module.computations[inner].name
+                    name = next((n for n in (called, i.name) if n.startswith(CUT)), i.name)
+                    name = name if i.opcode == "fusion" else fused
                     yield from self.found(
                         inner, times, name, i.id in behind, [(computation, k) for k in i.operands]
                     )
@@ -116,8 +122,8 @@ class _Reading:
         self, i: Instruction, given: list[Shape], times: int, fused: str, hidden: bool
     ) -> Iterator[Emitted]:
         kind = KINDS[i.opcode]
-        if fused and kind == "all-reduce" and fused.startswith("all-reduce-scatter"):
-            kind = "reduce-scatter"  # TPU writes it as an all-reduce whose result is cut in the same fusion
+        if kind == "all-reduce" and fused.startswith(CUT):
+            kind = "reduce-scatter"
         chain = i.attributes.get("chain_id", "")
         if fused and chain:
             if (chain, kind) in self.seen:

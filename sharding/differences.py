@@ -23,6 +23,7 @@ NAMES = {
     "widened": "converted to more bytes before it moves: its sum is taken in a wider type",
     "all-gather as all-reduce": "each device adds its part to zeros: fewer steps for few bytes",
     "reduce-scatter as all-reduce": "reduced whole, then cut",
+    "padded": "a reduce-scatter whose parts are rounded up to tiles, and the rows too many shifted to where they belong",
     "all-reduce as reduce-scatter": "cut by the reduction, since each device uses only its part",
     "hoisted": "once for all trips of a loop, on the stack of their arrays",
     "over axes at once": "two reductions of one array, over different axes, as one over all",
@@ -70,7 +71,16 @@ def differences(
                 count = max(0, min(p.left, again.left, short))
                 again.left -= count
                 found.note("repeated", [(p, count)], [])
-    for match in (_equal, _converted, _as_another, _cut_first, _over_axes_at_once, _axis_by_axis, _hoisted):
+    for match in (
+        _equal,
+        _converted,
+        _as_another,
+        _padded,
+        _cut_first,
+        _over_axes_at_once,
+        _axis_by_axis,
+        _hoisted,
+    ):
         for near in (_same_place, _same_line, _anywhere):
             for name, p, c in match(ours, theirs, near):
                 found.note(name, p, c)
@@ -175,6 +185,28 @@ def _as_another(ours: list[_Item], theirs: list[_Item], near: Near) -> Match:
         if (p.kind, c.kind) in swaps and p.axes == c.axes and p.whole == c.whole:
             count = min(p.left, c.left)
             yield f"{p.kind} as {c.kind}", [(p, count)], [(c, count)]
+
+
+PADDING = 1.25
+"""How much larger an array may be for its tiles' sake: parts of 8 rows and more of 32."""
+
+
+def _padded(ours: list[_Item], theirs: list[_Item], near: Near) -> Match:
+    """A reduce-scatter of a slightly larger array, with permutes of at most the rows that it has more."""
+    for p, c in _pairs(ours, theirs, near):
+        if (p.kind, p.axes) != ("reduce-scatter", c.axes) or c.kind != p.kind:
+            continue
+        more = c.elements - p.elements
+        if not 0 < more <= (PADDING - 1) * p.elements:
+            continue
+        count = min(p.left, c.left)
+        room = 2 * p.devices * count
+        yield "padded", [(p, count)], [(c, count)]
+        for t in theirs:
+            if t.kind == "permute" and t.axes == p.axes and t.elements <= more:
+                moved = min(t.left, room)
+                room -= moved
+                yield "padded", [], [(t, moved)]
 
 
 def _cut_first(ours: list[_Item], theirs: list[_Item], near: Near) -> Match:

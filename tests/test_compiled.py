@@ -302,7 +302,7 @@ def instruction(at: int, opcode: str, shape: bytes, *operands: int, **more: Any)
     return (2, message((1, more.get("name", f"{opcode}.{at}")), *fields))
 
 
-def read(*computations: tuple[int, list[tuple[int, bytes]]], last: int) -> list[Emitted]:
+def read(*computations: tuple[int, list[tuple[int, Any]]], last: int) -> list[Emitted]:
     """The collectives of computations by number; the one with number 9 is run, its last instruction `last`."""
     made = [(3, message(*body, (5, at), (6, last if at == 9 else 2))) for at, body in computations]
     return compiled_collectives(read_module(message(*made, (6, 9))), SIZES)
@@ -326,6 +326,18 @@ def test_an_asynchronous_fusion_repeats_its_collective_in_each_part(chains: tupl
     assert [(x.kind, x.times, x.overlapped) for x in found] == [("reduce-scatter", 1, True)] * len(
         set(chains)
     )
+
+
+@pytest.mark.parametrize(
+    ("called", "kind"), [("all-reduce-scatter.1", "reduce-scatter"), ("add.1", "all-reduce")]
+)
+def test_a_tpus_reduce_scatter_is_known_by_the_computation_that_a_fusion_calls(
+    called: str, kind: str
+) -> None:
+    body = [(1, called), instruction(1, "parameter", ARRAY), instruction(2, "all-reduce", ARRAY, 1)]
+    call = instruction(4, "fusion", ARRAY, 1, calls=3, name="fusion.7")
+    (found,) = read((3, body), (9, [instruction(1, "parameter", ARRAY), call]), last=4)
+    assert found.kind == kind
 
 
 def test_arrays_laid_end_to_end_for_one_reduction_are_its_parts() -> None:

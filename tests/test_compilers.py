@@ -347,6 +347,10 @@ NAMED: dict[str, tuple[list[Collective], list[Collective]]] = {
         [one("all-reduce", "replica fsdp", 64)],
         [one("all-reduce", "replica", 64), one("all-reduce", "fsdp", 64)],
     ),
+    "padded": (
+        [one("reduce-scatter", "fsdp", 256, times=2)],
+        [one("reduce-scatter", "fsdp", 288, times=2), one("permute", "fsdp", 32, times=4)],
+    ),
     "cut first": (
         [one("all-reduce", "replica", 256), SCATTER],
         [one("all-reduce", "replica", 64), SCATTER],
@@ -362,6 +366,17 @@ def test_each_departure_is_named_and_its_bytes_are_the_whole_difference(name: st
     assert {d.source for d in told} == {"model.py:1"}
     missing_bytes = sum(d.compiled[1] - d.predicted[1] for d in told)
     assert missing_bytes == sum(c.bytes for c in found) - sum(c.bytes for c in predicted)
+
+
+@pytest.mark.parametrize(
+    "found",
+    [
+        [one("reduce-scatter", "fsdp", 512, times=2)],  # twice the rows are no tiles' doing
+        [one("reduce-scatter", "fsdp", 288, times=2), one("permute", "fsdp", 64)],  # nor as many rows shifted
+    ],
+)
+def test_padding_explains_no_more_than_a_tiles_rows(found: list[Collective]) -> None:
+    assert "" in {d.name for d in differences([one("reduce-scatter", "fsdp", 256, times=2)], found)}
 
 
 def test_equal_lists_have_no_difference_whatever_their_order_and_lines() -> None:
