@@ -8,6 +8,7 @@ Result:   2.68 bits per byte of held-out text; byte frequencies give 4.56 on the
 
 from __future__ import annotations
 
+from experiments.budget import Most
 from experiments.config import Checkpoints, Devices, Evaluate, Experiment, Sample
 from experiments.data.stdlib import Stdlib
 from experiments.optimizers import AdamW
@@ -39,3 +40,10 @@ def config() -> Experiment:
         checkpoints=Checkpoints(every=40, keep=2),
         sample=Sample(prompt="def ", tokens=200, temperature=0.7),
     )
+
+
+def budget() -> tuple[Most, ...]:
+    """Four all-reduces a layer over tensor (Shoeybi et al. 2019) and five of the embedding and the loss; one of the gradients'
+    norm. `shardlab plan` and a test hold the step to it.
+    """
+    return (Most(over="tensor", kind="all-reduce", times=4 * 4 + 5 + 1),)

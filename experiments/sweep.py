@@ -1,6 +1,7 @@
 """A scaling sweep as one frozen value: an experiment, and the device counts and splits it is timed at. No jax here.
 
-`experiments.sweep_run` measures it; `configs/scaling_quick.py` is one.
+`experiments.sweep_run` measures it; `configs/scaling_quick.py` is one. What a sweep's folder needs to run again is here, for
+sweeps of plans too (`experiments.plan_sweep`).
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Literal, cast
 from experiments.config import Experiment, config_hash, require
 from experiments.config_file import call, execute
 from experiments.field_types import check_types
+from experiments.plan_sweep import PlanSweep
 from experiments.run_config import Origin, check_recorded, keep
 from sharding.axes import MeshShape
 from sharding.errors import InputError
@@ -107,7 +109,7 @@ class Sweep:
 
 
 @contextlib.contextmanager
-def of(point: Point) -> Iterator[None]:
+def of(point: object) -> Iterator[None]:
     """An `InputError` raised within says which point it speaks of."""
     try:
         yield
@@ -119,18 +121,20 @@ def of(point: Point) -> Iterator[None]:
 class Recorded:
     """What a sweep's config.py knows of its sweep."""
 
-    rounds: int
-    """As given on the command line, or else by the config."""
+    rounds: int | None
+    """As given on the command line, or else by the config; None for a sweep of plans, which has none."""
     config_hash: str
 
-    def again(self, folder: Path) -> Sweep:
+    def again(self, folder: Path) -> Sweep | PlanSweep:
         """The sweep, from source.py in `folder`; `InputError` with the fields that are not as recorded."""
-        made = replace(load(folder / "source.py"), rounds=self.rounds)
-        check_recorded(folder, "sweep", made, ("--rounds", str(self.rounds)), self.config_hash)
+        made, words = load_either(folder / "source.py"), ()
+        if isinstance(made, Sweep) and self.rounds is not None:
+            made, words = replace(made, rounds=self.rounds), ("--rounds", str(self.rounds))
+        check_recorded(folder, "sweep", made, words, self.config_hash)
         return made
 
 
-def write_sweep_config(folder: Path, origin: Origin, sweep: Sweep) -> None:
+def write_sweep_config(folder: Path, origin: Origin, sweep: Sweep | PlanSweep) -> None:
     """Write source.py, config.json and config.py into the existing folder, and check that they run again: as for a run.
 
     `InputError` when the folder cannot be written, or when the copy does not give the same values.
@@ -138,40 +142,55 @@ def write_sweep_config(folder: Path, origin: Origin, sweep: Sweep) -> None:
     path = origin.path
     if isinstance(getattr(execute(path), "RECORDED", None), Recorded):  # a sweep's config.py
         path = path.resolve().parent / "source.py"
+    rounds = sweep.rounds if isinstance(sweep, Sweep) else None
     stub = STUB.format(
-        name=repr(sweep.name), rounds=sweep.rounds, digest=config_hash(cast("Experiment", sweep))
+        name=repr(sweep.name),
+        more="" if rounds is None else "--rounds may follow. ",
+        rounds=rounds,
+        digest=config_hash(cast("Experiment", sweep)),
     )
-    keep(folder, path, "sweep", sweep, origin.overrides, stub, load)
+    keep(folder, path, "sweep", sweep, origin.overrides, stub, load_either)
 
 
 STUB = '''"""The sweep {name} in this folder, with exactly its values.
 
 Command:  shardlab sweep CONFIG, where CONFIG is this file
---rounds may follow. Loading it fails when the values are no longer those recorded.
+{more}Loading it fails when the values are no longer those recorded.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from experiments.sweep import Recorded, Sweep
+from experiments.sweep import Recorded
 
 RECORDED = Recorded(rounds={rounds}, config_hash="{digest}")
 
 
-def config() -> Sweep:
+def config():
     return RECORDED.again(Path(__file__).parent)
 '''
 
 
 def load(path: Path) -> Sweep:
-    """The sweep that the `config()` of a file returns; `InputError`, one paragraph, for anything else."""
-    value = call(execute(path), "config", path, example="def config() -> Sweep")
+    """The measured sweep that the `config()` of a file returns; `InputError`, one paragraph, for anything else."""
+    value = load_either(path)
     if isinstance(value, Sweep):
+        return value
+    raise InputError(
+        f"config() in {path} returns a PlanSweep, which is modelled, but a Sweep is needed here. Give another file."
+    )
+
+
+def load_either(path: Path) -> Sweep | PlanSweep:
+    """The sweep, measured or of plans, that the `config()` of a file returns; `InputError` for anything else."""
+    value = call(execute(path), "config", path, example="def config() -> Sweep")
+    if isinstance(value, Sweep | PlanSweep):
         check_types(value, f"config() in {path}")
         return value
     hint = f" An Experiment is run by `shardlab train {path}`." if isinstance(value, Experiment) else ""
     raise InputError(
         f"config() in {path} returns a value of type {type(value).__name__}, but a sweep's config returns a Sweep "
-        f"(`from experiments.sweep import Sweep`), as configs/scaling_quick.py does.{hint}"
+        f"(`from experiments.sweep import Sweep`), as configs/scaling_quick.py does, or a PlanSweep, as "
+        f"configs/plan_scaling.py does.{hint}"
     )

@@ -97,7 +97,11 @@ def _series(records: list[Record]) -> list[Series]:
     sweeps = [r for r in records if r.kind == "sweep"]
     if not sweeps:
         raise MissingRecords('These records hold no point of a sweep (kind "sweep").')
-    column(sweeps, "devices")  # one picture, one provenance
+    if (told := column(sweeps, "devices").provenance) != "measured":  # one picture, one provenance
+        raise RecordError(
+            f"These sweep records are {told}, but this figure is of step times that were measured. Modelled pods are drawn by "
+            f"the figure pods."
+        )
     kinds, configs = {r.device["kind"] for r in sweeps}, {r.config_hash for r in sweeps}
     groups: dict[tuple[str, str, bool], list[Record]] = {}
     for record in sweeps:

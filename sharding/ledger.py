@@ -152,6 +152,17 @@ def subjaxprs(params: Mapping[str, Any]) -> Iterator[Jaxpr]:
                 yield item
 
 
+def scan_counts(eqn: Any) -> tuple[int, int]:
+    """(constants, carried) of a `scan`: how many of its operands its body is given as they are, and how many from trip to trip.
+
+    Read from the shapes, since jax's versions note it differently: rows and stacks have one dim more outside.
+    """
+    body = eqn.params["jaxpr"].jaxpr
+    alike = lambda outer, inner: sum(a.aval.shape == b.aval.shape for a, b in zip(outer, inner, strict=True))
+    carried = alike(eqn.outvars, body.outvars)
+    return alike(eqn.invars, body.invars) - carried, carried
+
+
 def sent_bytes(kind: str, size: int, n: int) -> int:
     """Bytes that each of `n` devices sends for one collective whose operand has `size` bytes on a device, on a ring."""
     if kind == "all-reduce":

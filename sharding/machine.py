@@ -64,6 +64,8 @@ class Machine:
     """Devices that one chip of a torus is to jax."""
     between_cores: Network | None = None
     """What ties the devices of one chip together."""
+    on_chip: int = 0
+    """Bytes of memory on the chip that the compiler fills with what is worked on; 0 where it manages none."""
     compiler: str = ""
     """What the TPU compiler calls it in a topology's name."""
     compiler_options: Mapping[str, str] = field(default_factory=dict)

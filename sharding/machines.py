@@ -58,7 +58,13 @@ def _tpu(
         closes="16" if flat else "cubes",
         host=(2, 2) if flat else (2, 2, 1),
         compiler=name,
+        on_chip=(_VMEM[name] - 16) * 2**20,
     )
+
+
+_VMEM = {"v4": 16, "v5e": 128, "v5p": 64, "v6e": 128, "v7x": 64}
+"""MiB of vector memory a core (jax 0.10.2, jax/_src/pallas/mosaic/tpu_info.py), of which a single instruction's scratch takes
+16 (XLA's flag xla_tpu_scoped_vmem_limit_kib; a v5e module's buffer assignment had the other 112)."""
 
 
 def _gpu(

@@ -102,12 +102,29 @@ def layouts(path: Path) -> Path:
     return path
 
 
+def pods(path: Path) -> Path:
+    """Made-up records of two splits modelled on pods of three sizes."""
+    with Records(path, replace(HEADER, run="synthetic-pods", mesh={})) as records:
+        for cost, split in enumerate(("fsdp", "tensor")):
+            for devices in (8, 16, 32):
+                values = {
+                    "mode": "weak", "split": split, "target": f"gpu:h100:{devices // 8}x8", "machine": "gpu:h100",
+                    "machine_kind": "synthetic gpu", "devices": devices, "tokens_per_step": 4096 * devices,
+                    "step_seconds": 1.0 + cost, "compute_seconds": 0.5, "mfu": 0.4 / (1 + cost), "fits": devices > 8,
+                    "limit": "products" if devices < 32 else f"{split}, NVLink", "missing": [],
+                    "parts": {"products": 0.5, f"{split}, NVLink": 0.5}, "latency": {f"{split}, NVLink": 0.3},
+                }  # fmt: skip
+                records.write("pod", "modelled", values)
+    return path
+
+
 @pytest.fixture(scope="module")
 def synthetic(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One file with all that the figures of this repository draw from."""
     path = tmp_path_factory.mktemp("synthetic") / "records.jsonl"
     train(path)
     layouts(path)
+    pods(path)
     return sweep(path, header=replace(HEADER, run="synthetic-sweep"))
 
 

@@ -13,7 +13,7 @@ import pytest
 from sharding import marks
 from sharding.axes import MeshShape
 from sharding.errors import InputError
-from sharding.ledger import subjaxprs
+from sharding.ledger import scan_counts, subjaxprs
 from sharding.partitioner import Auto, Manual, Partitioner
 from sharding.remat import parse_remat
 from sharding.rule import Rules
@@ -183,7 +183,7 @@ def kept_by_layers(by: Partitioner) -> int:
     step = make_step(config, fsdp(), MeshShape(fsdp=8), by)
     jaxpr = jax.make_jaxpr(step.update)(step.abstract_state(), step.abstract_batch(16))
     scan = next(e for e in every_equation(jaxpr.jaxpr) if e.primitive.name == "scan")
-    stacked = scan.outvars[scan.params["num_carry"] :]
+    stacked = scan.outvars[scan_counts(scan)[1] :]
     return sum(v.aval.size * v.aval.dtype.itemsize for v in stacked)
 
 

@@ -24,6 +24,7 @@ from experiments.feed import global_batch
 from experiments.records import Record, read
 from experiments.run_config import Origin
 from experiments.sweep import load
+from experiments.sweep_agreement import AGREE
 from paper_figures import build, scaling
 from sharding.errors import InputError
 
@@ -105,7 +106,7 @@ def test_a_sweep_measures_records_and_draws(
     assert f"share the same {result['cores']} CPU core" in said
     assert "efficiency" in said
     assert (result["rounds"], result["stopped"], len(result["points"])) == (2, "", 4)
-    assert result["loss_difference"] == max(r.values["loss_difference"] for r in records) < sweep_run.AGREE
+    assert result["loss_difference"] == max(r.values["loss_difference"] for r in records) < AGREE
     assert [Path(p).name for p in result["figures"]] == ["scaling.svg", "scaling.png"]
     assert all(Path(p).stat().st_size > 1000 for p in result["figures"])
     assert build.build("scaling", tmp_path / "again", ("svg",), [folder]).files
@@ -130,7 +131,7 @@ def test_a_sweep_measures_records_and_draws(
         losses.append(float(metrics["loss"]))
     assert len(losses) == 2 * (3 + 1)
     assert [r.values["loss"] for r in records if r.values["global_batch"] == 4] == pytest.approx(
-        [losses[3]] * 3 + [losses[7]] * 3, rel=sweep_run.AGREE
+        [losses[3]] * 3 + [losses[7]] * 3, rel=AGREE
     )
     assert len(set(losses)) == len(losses), "each update changes the parameters"
 
@@ -155,6 +156,38 @@ def test_a_split_that_computes_something_else_is_not_recorded(
     assert records == []
     assert "The losses of update 1 on the same 4 rows differ" in said
     assert "(strong fsdp on 2 devices)" in said
+
+
+@pytest.mark.parametrize("factor", [1.0, 1.5], ids=["right", "wrong"])
+def test_losses_in_bfloat16_agree_to_its_rounding_and_no_further(
+    factor: float,
+    config: Callable[[str], str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Another type's rounding is no other computation (its losses differ by more than float32's may), a fault is."""
+    compile_side = sweep_run._compile
+    agreed = []
+
+    def planted(side: sweep_run.Side, initial: Any) -> None:
+        agreed.append(side.agree())
+        if side.point.split == "fsdp":
+            initial = initial | {
+                "params": {k: x * x.dtype.type(factor) for k, x in initial["params"].items()}
+            }
+        compile_side(side, jax.tree.map(lambda x: x, initial))
+
+    monkeypatch.setattr(sweep_run, "_compile", planted)
+    half = 'replace(s, base=replace(s.base, model=replace(s.base.model, dtype="bfloat16")))'
+    code, _, records = swept(tmp_path, config(f"def config(): s = tiny(ONE, TWO); return {half}"))
+    said = capsys.readouterr().err
+    if factor == 1.0:
+        assert code == 0, said
+        assert AGREE < max(r.values["loss_difference"] for r in records) < agreed[0] == agreed[1]
+    else:
+        assert code == 1
+        assert "rounding of bfloat16, in which the model computes, explains 8e-03" in said
 
 
 @pytest.mark.parametrize(("turn", "kept"), [(2, 0), (7, 1)], ids=["first round", "second round"])

@@ -2,6 +2,8 @@
 
 CONFIG is a file whose `config()` returns a Sweep, such as configs/scaling_quick.py. All points are compiled first, then
 take turns, round after round. Ctrl-C and SIGTERM finish the turn and leave the records of every finished round.
+Where it returns a PlanSweep, such as configs/plan_scaling.py, nothing is timed: each point is a pod that need not be there,
+and its step time is modelled. Its table, records and figure say so.
 """
 
 from __future__ import annotations
@@ -15,9 +17,11 @@ from typing import Any, cast
 
 from experiments import cli
 from experiments.commands.train import EXIT_CODES
+from experiments.config import config_hash
 from experiments.json_file import write_json
+from experiments.plan_sweep import PlanSweep
 from experiments.run_config import Origin
-from experiments.sweep import Sweep, load, write_sweep_config
+from experiments.sweep import Sweep, load_either, write_sweep_config
 from sharding.errors import InputError
 
 DISAGREE = 1
@@ -29,7 +33,7 @@ class Flags:
     """Options of `shardlab sweep`."""
 
     rounds: int | None = None
-    """Turns of every point, instead of the config's."""
+    """Turns of every point, instead of the config's; a sweep of plans has none."""
     json: Path | None = None
     """Write the sweep's result to this file as one JSON document."""
     runs: Path = Path("runs")
@@ -54,6 +58,16 @@ class Result:
     figures: list[str]
 
 
+@dataclass(frozen=True)
+class Modelled:
+    """What a sweep of plans left: its folder, every point as its record has it, seconds in all, the figures."""
+
+    folder: str
+    points: list[dict[str, Any]]
+    seconds: float
+    figures: list[str]
+
+
 def main(argv: list[str]) -> int:
     """Run the sweep; 0, 1 when losses disagree, 130 / 143 when a signal stopped it."""
     if {"-h", "--help"} & set(argv):
@@ -64,7 +78,15 @@ def main(argv: list[str]) -> int:
             f"For example: shardlab sweep configs/scaling_quick.py"
         )
     config, flags = Path(argv[0]), cli.read_flags(argv[1:], Flags)
-    sweep, rounds = load(config), ()
+    sweep, rounds = load_either(config), ()
+    if isinstance(sweep, PlanSweep):
+        if flags.rounds is not None:
+            raise InputError(
+                f"{config} returns a sweep of plans, which is modelled once and the same each time: it has no rounds. Leave "
+                f"--rounds out."
+            )
+        write_json(flags.json, asdict(model(sweep, Origin(config, (), tuple(argv)), flags)))
+        return 0
     if flags.rounds is not None:
         sweep, rounds = replace(sweep, rounds=flags.rounds), ("--rounds", str(flags.rounds))
     from experiments.sweep_run import Disagreement
@@ -81,7 +103,6 @@ def main(argv: list[str]) -> int:
 def run(sweep: Sweep, origin: Origin, flags: Flags) -> Result:
     """Measure a sweep into a new folder of `flags.runs`. Raises InputError, and Disagreement for different losses."""
     from experiments import devices, run_folder
-    from experiments.config import config_hash
     from experiments.events import Events
     from experiments.progress import Progress
     from experiments.records import Records
@@ -110,7 +131,7 @@ def run(sweep: Sweep, origin: Origin, flags: Flags) -> Result:
         table = list(rows(measured, shared))
         for line in _table(table):
             show.line(line)
-        pictures = _draw(folder, show) if table else []
+        pictures = _draw("scaling", folder, show) if table else []
         result = Result(
             folder=str(folder),
             rounds=measured.rounds,
@@ -127,7 +148,40 @@ def run(sweep: Sweep, origin: Origin, flags: Flags) -> Result:
     return result
 
 
-def _folder(origin: Origin, flags: Flags, sweep: Sweep, digest: str) -> Path:
+def model(sweep: PlanSweep, origin: Origin, flags: Flags) -> Modelled:
+    """Price a sweep of plans, then leave table, records and figures in a new folder of `flags.runs`. Raises InputError; what is
+    refused or interrupted leaves nothing.
+    """
+    from experiments import run_folder
+    from experiments.plan_sweep_run import cells, check_lines, header, price, work
+    from experiments.progress import Progress
+    from experiments.records import Records
+
+    began, asked, points = time.perf_counter(), list(sweep.points()), []
+    run_folder.check_writable(flags.runs)
+    of = work(sweep)
+    with Progress(len(asked)) as show:
+        show.line(
+            f"{sweep.name}: modelling {len(asked)} points, {of.parameters / 1e9:.2f} G parameters", "bold"
+        )
+        for at, point in enumerate(asked, 1):
+            points.append(price(sweep, point, of.tokens))
+            show.reached(at)
+        check_lines(points)
+        folder = _folder(origin, flags, sweep, config_hash(cast(Any, sweep)))
+        with Records(folder / "records.jsonl", header(sweep, folder.name, of)) as records:
+            for values in points:
+                records.write("pod", "modelled", values)
+        for line in _aligned(list(cells(points)), 3):
+            show.line(line)
+        pictures = _draw("pods", folder, show)
+        for path in pictures:
+            show.line(f"figure {path}")
+        show.line(f"modelled, not measured; records {folder / 'records.jsonl'}")
+    return Modelled(str(folder), points, time.perf_counter() - began, pictures)
+
+
+def _folder(origin: Origin, flags: Flags, sweep: Sweep | PlanSweep, digest: str) -> Path:
     """The sweep's new folder with what it was asked: config.py that runs it again, what that needs, and command.txt."""
     from experiments import run_folder
 
@@ -179,18 +233,23 @@ def _table(points: list[dict[str, Any]]) -> list[str]:
                 f"{p['cores_busy']:.2f}",
             )
         )
+    return _aligned(cells, 2)
+
+
+def _aligned(cells: list[tuple[str, ...]], words: int) -> list[str]:
+    """Rows of texts as lines: the first `words` columns begin alike, the others, which are numbers, end alike."""
     wide = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    sides = (str.ljust, str.ljust, *(str.rjust,) * (len(head) - 2))
+    sides = (*(str.ljust,) * words, *(str.rjust,) * (len(wide) - words))
     return ["  ".join(side(c, w) for c, w, side in zip(row, wide, sides, strict=True)) for row in cells]
 
 
-def _draw(folder: Path, show: Any) -> list[str]:
-    """The scaling figure of this sweep's records in its folder; why there is none where it cannot be drawn."""
+def _draw(figure: str, folder: Path, show: Any) -> list[str]:
+    """A figure of this sweep's records in its folder; why there is none where it cannot be drawn."""
     from experiments.records import RecordError
     from paper_figures import build
 
     try:
-        files = build.build("scaling", folder, ("svg", "png"), [folder / "records.jsonl"]).files
+        files = build.build(figure, folder, ("svg", "png"), [folder / "records.jsonl"]).files
     except RecordError as error:
         show.line(f"no figure: {error}", "yellow")
         return []
