@@ -1,7 +1,7 @@
 """Modelled against measured step time on 8 pretend devices: the one place where the time model can be held to a clock.
 
-Rates are measured first (`experiments.rates`), then each case's step is modelled with them and run: medians of a few steps.
-Read the ratios only; the machine's own speed varies between runs. `docs/plan_time.md` has the figures of one.
+Rates are measured first (`experiments.plans.rates`), then each case's step is modelled with them and run: medians of a few
+steps. Read the ratios only; the machine's own speed varies between runs. `docs/plan_time.md` has the figures of one.
 
     python benchmarks/time_model.py --json ratios.json
 """
@@ -50,9 +50,9 @@ def compare(name: str, target: Any, steps: int) -> dict[str, Any]:
 
     from experiments.assemble import train_step
     from sharding.ledger import collectives
-    from sharding.standins import grid
-    from sharding.timing import modelled
-    from sharding.work import work
+    from sharding.price.standins import grid
+    from sharding.price.timing import modelled
+    from sharding.price.work import work
 
     e = experiment(name)
     step = train_step(e, jax.devices()[:DEVICES])
@@ -100,8 +100,8 @@ def main() -> None:
     keep_freed_memory()
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", DEVICES)
-    from experiments.rates import measured
-    from sharding.target import parse_target
+    from experiments.plans.rates import measured
+    from sharding.price.target import parse_target
 
     begun = time.perf_counter()
     target = measured(parse_target(f"cpu:{DEVICES}"))

@@ -20,7 +20,7 @@ from sharding.axes import AXES, nearest
 from sharding.errors import InputError
 
 if TYPE_CHECKING:
-    from experiments.planned import Total
+    from experiments.plans.planned import Total
 
 KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "permute")
 

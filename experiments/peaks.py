@@ -1,8 +1,8 @@
-"""Peak dense matrix rates of devices by their `device_kind`: figures and sources stand in `sharding.machines`."""
+"""Peak dense matrix rates of devices by their `device_kind`: figures and sources stand in `sharding.price.machines`."""
 
 from __future__ import annotations
 
-from sharding.machines import machine_of
+from sharding.price.machines import machine_of
 
 
 def peak(device_kind: str, dtype: str) -> float | None:

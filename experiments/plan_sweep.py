@@ -12,8 +12,8 @@ from typing import Literal, get_args
 from experiments.config import Experiment, require
 from sharding.axes import MeshShape
 from sharding.errors import InputError
+from sharding.price.target import Target, parse_target
 from sharding.rule import Rules
-from sharding.target import Target, parse_target
 
 Mode = Literal["strong", "weak"]
 """As `experiments.sweep.Point.mode`."""

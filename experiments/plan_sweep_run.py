@@ -12,15 +12,15 @@ from typing import TYPE_CHECKING, Any, cast
 
 from experiments.assemble import one_device, untouched
 from experiments.config import config_hash
-from experiments.estimate import estimate, on_target, priced
 from experiments.explanation import counted
 from experiments.plan_sweep import PlanPoint, PlanSweep
+from experiments.plans.estimate import estimate, on_target, priced
 from experiments.record_schema import Header, installed_versions
 from sharding.errors import InputError
 
 if TYPE_CHECKING:
-    from sharding.target import Target
-    from sharding.timing import Modelled
+    from sharding.price.target import Target
+    from sharding.price.timing import Modelled
 
 PRODUCTS, MEMORY = "products", "memory traffic"
 """What limits a step that no collective does."""

@@ -17,7 +17,9 @@ from jax import Array, lax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from sharding.axes import MeshShape
-from sharding.compiled import (
+from sharding.ledger import collectives, per_axis
+from sharding.mesh import device_mesh
+from sharding.module.compiled import (
     BETWEEN_SLICES,
     NOWHERE,
     Emitted,
@@ -27,12 +29,10 @@ from sharding.compiled import (
     compiled_collectives,
     trips,
 )
-from sharding.differences import differences
-from sharding.hlo import Module, Shape, module_of, read_module
-from sharding.ledger import collectives, per_axis
-from sharding.mesh import device_mesh
+from sharding.module.differences import differences
+from sharding.module.hlo import Module, Shape, module_of, read_module
+from sharding.module.repeated import repeated
 from sharding.partitioner import Auto, Manual, Partitioner
-from sharding.repeated import repeated
 from sharding.rule import Rules
 from sharding.rules.context import context
 from sharding.rules.data import data

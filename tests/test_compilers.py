@@ -13,19 +13,20 @@ from typing import Any
 
 import pytest
 
-from experiments import compiler_versions, compilers
-from experiments.compiled_step import Compiled
-from experiments.compiler_versions import fits, missing
-from experiments.compilers import compile_for
-from experiments.compiling import refusal
-from experiments.gpu_descriptions import GPUS, target_config
-from sharding.compiled import Emitted
-from sharding.differences import NAMES, UNPREDICTED, differences, unpredicted
+from experiments.compilers import ask as compilers
+from experiments.compilers import versions as compiler_versions
+from experiments.compilers.ask import compile_for
+from experiments.compilers.child import refusal
+from experiments.compilers.gpus import GPUS, target_config
+from experiments.compilers.step import Compiled
+from experiments.compilers.versions import fits, missing
 from sharding.errors import InputError
 from sharding.ledger import Collective, per_axis, sent_bytes
-from sharding.machines import MACHINES
+from sharding.module.compiled import Emitted
+from sharding.module.differences import NAMES, UNPREDICTED, differences, unpredicted
+from sharding.price.machines import MACHINES
+from sharding.price.target import parse_target
 from sharding.scope import Scope
-from sharding.target import parse_target
 from tests.compiler_cases import CASES, scaled
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -179,8 +180,8 @@ def test_ctrl_c_ends_the_process_that_compiles(tmp_path: Path) -> None:
     path = tmp_path / "case.py"
     path.write_text("import time\ndef config():\n    time.sleep(60)\n")
     ask = (
-        "import sys\nfrom pathlib import Path\nfrom experiments.compilers import compile_for\n"
-        "from sharding.target import parse_target\n"
+        "import sys\nfrom pathlib import Path\nfrom experiments.compilers.ask import compile_for\n"
+        "from sharding.price.target import parse_target\n"
         f"compile_for(Path({str(path)!r}), (), parse_target('cpu:8'))\n"
     )
     for how in (signal.SIGINT, signal.SIGKILL):
@@ -216,7 +217,7 @@ def test_the_tpu_compiler_is_waited_for(tmp_path: Path, monkeypatch: pytest.Monk
     """One process has it; the next says so, waits, and goes on when that one ends, however it ends."""
     monkeypatch.setattr(compilers.tempfile, "tempdir", str(tmp_path))
     hold = (
-        "import tempfile, time\ntempfile.tempdir = {!r}\nfrom experiments.compilers import _turn\n"
+        "import tempfile, time\ntempfile.tempdir = {!r}\nfrom experiments.compilers.ask import _turn\n"
         "with _turn('tpu', print):\n    print('held', flush=True)\n    time.sleep({})\n"
     )
     holder = subprocess.Popen(

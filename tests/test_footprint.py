@@ -12,21 +12,21 @@ import jax.numpy as jnp
 import pytest
 from jax import Array, ShapeDtypeStruct, lax
 
-from experiments.compilers import compile_for
+from experiments.compilers.ask import compile_for
 from experiments.config import Devices, Experiment
 from experiments.data.stdlib import Stdlib
-from experiments.estimate import estimate
 from experiments.optimizers import AdamW
+from experiments.plans.estimate import estimate
 from models.transformer_config import TransformerConfig
 from sharding.axes import MeshShape
-from sharding.footprint import peak
-from sharding.prediction import Footprint
+from sharding.price.footprint import peak
+from sharding.price.prediction import Footprint
+from sharding.price.target import parse_target
 from sharding.rule import Rules
 from sharding.rules.context import context
 from sharding.rules.data import data
 from sharding.rules.fsdp import fsdp
 from sharding.rules.tensor import tensor
-from sharding.target import parse_target
 from tests.test_compilers import need
 
 WORDS = TransformerConfig(

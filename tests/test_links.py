@@ -16,11 +16,11 @@ import pytest
 
 from sharding.axes import AXES, MeshShape
 from sharding.errors import InputError
-from sharding.links import Path as Links
-from sharding.links import Span, path
 from sharding.mesh import device_mesh
-from sharding.standins import grid, stand_ins
-from sharding.target import parse_target
+from sharding.price.links import Path as Links
+from sharding.price.links import Span, path
+from sharding.price.standins import grid, stand_ins
+from sharding.price.target import parse_target
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -55,8 +55,8 @@ import json, sys
 from jax.experimental import topologies
 from sharding.axes import MeshShape
 from sharding.mesh import device_mesh
-from sharding.standins import grid
-from sharding.target import parse_target
+from sharding.price.standins import grid
+from sharding.price.target import parse_target
 differ = []
 for text, sizes in json.loads(sys.argv[1]):
     target = parse_target(text)

@@ -11,8 +11,8 @@ import pytest
 from experiments.budget import budget_of
 from experiments.config import load
 from experiments.config_file import execute
-from experiments.estimate import estimate
-from sharding.target import parse_target
+from experiments.plans.estimate import estimate
+from sharding.price.target import parse_target
 from tests import small
 from tests.small import shardlab
 
@@ -154,7 +154,7 @@ BUDGETS = [p for p in sorted((ROOT / "configs").glob("*.py")) if hasattr(execute
 @pytest.mark.parametrize("path", BUDGETS, ids=lambda p: p.stem)
 def test_every_config_keeps_to_its_budget(path: Path) -> None:
     from experiments.budget import exceeded
-    from experiments.planned import totals_of
+    from experiments.plans.planned import totals_of
 
     experiment = load(path)
     made = estimate(experiment, parse_target(f"cpu:{experiment.devices.count}"))

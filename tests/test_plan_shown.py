@@ -17,16 +17,18 @@ from pathlib import Path
 import jax
 import pytest
 
-from experiments.compilers import Memory, Refusal
-from experiments.plan_compared import difference
-from experiments.plan_diff import difference_page, print_difference
-from experiments.plan_page import page
-from experiments.plan_pictures.arrays import draw, in_use, pictured, shape_of
-from experiments.plan_pictures.html import el, join
-from experiments.plan_pictures.mesh import board_of
-from experiments.plan_pictures.timeline import slots
-from experiments.plan_tables import print_plan
-from experiments.plan_words import (
+from experiments.compilers.ask import Memory, Refusal
+from experiments.plans.compared import difference
+from experiments.plans.diff import difference_page, print_difference
+from experiments.plans.page import page
+from experiments.plans.pictures.arrays import draw, in_use, pictured, shape_of
+from experiments.plans.pictures.html import el, join
+from experiments.plans.pictures.mesh import board_of
+from experiments.plans.pictures.timeline import slots
+from experiments.plans.planned import Change, Made, Plan, Total, Verdict
+from experiments.plans.planning import plan_for
+from experiments.plans.tables import print_plan
+from experiments.plans.words import (
     compiled_parts,
     duration,
     predicted_parts,
@@ -34,14 +36,12 @@ from experiments.plan_words import (
     total_row,
     what_for,
 )
-from experiments.planned import Change, Made, Plan, Total, Verdict
-from experiments.planning import plan_for
 from experiments.run_config import Origin
 from sharding.axes import AXES, MeshShape
-from sharding.differences import UNPREDICTED, Difference
 from sharding.finding import human
 from sharding.mesh import device_mesh
-from sharding.target import parse_target
+from sharding.module.differences import UNPREDICTED, Difference
+from sharding.price.target import parse_target
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = ("--model.layers", "2", "--model.embed", "32", "--model.head-dim", "8", "--model.mlp", "64")
@@ -243,7 +243,7 @@ def test_the_bytes_do_not_hang_on_the_process(plan: Make, tmp_path: Path):
     both = compiled(plan("quickstart")), plan("sequence")
     (tmp_path / "plans").write_bytes(pickle.dumps(both))
     code = (
-        "import pickle, sys; from experiments.plan_page import page; from experiments.plan_diff import *\n"
+        "import pickle, sys; from experiments.plans.page import page; from experiments.plans.diff import *\n"
         "a, b = pickle.loads(open(sys.argv[1], 'rb').read()); print(page(a) + difference_page(difference(a, b)), end='')"
     )
     environment = {**os.environ, "PYTHONHASHSEED": "7", "PYTHONPATH": str(ROOT), "PYTHONUTF8": "1"}

@@ -21,10 +21,10 @@ from experiments.sweep import load, load_either
 from paper_figures import build, pods, scaling, style
 from sharding.axes import MeshShape
 from sharding.errors import InputError
+from sharding.price.target import Target
 from sharding.rules.data import data
 from sharding.rules.fsdp import fsdp
 from sharding.rules.tensor import tensor
-from sharding.target import Target
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = Line("data", data(), MeshShape(data=-1))

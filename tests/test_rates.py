@@ -7,13 +7,13 @@ import math
 import jax
 import pytest
 
-from experiments import rates
+from experiments.plans import rates
 from sharding.axes import MeshShape
 from sharding.errors import InputError
-from sharding.fusion import Work
-from sharding.standins import grid
-from sharding.target import parse_target
-from sharding.timing import modelled
+from sharding.price.fusion import Work
+from sharding.price.standins import grid
+from sharding.price.target import parse_target
+from sharding.price.timing import modelled
 
 
 def test_pretend_devices_become_a_machine_with_every_figure(monkeypatch: pytest.MonkeyPatch) -> None:

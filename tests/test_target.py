@@ -9,9 +9,9 @@ import pytest
 
 from experiments.peaks import peak
 from sharding.errors import InputError
-from sharding.machine import Machine, Network, product_rate
-from sharding.machines import MACHINES, machine_of
-from sharding.target import parse_target
+from sharding.price.machine import Machine, Network, product_rate
+from sharding.price.machines import MACHINES, machine_of
+from sharding.price.target import parse_target
 
 SHAPES = {
     "cpu:8": ((8,), 1, 8),

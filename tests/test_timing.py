@@ -11,16 +11,16 @@ import pytest
 
 from sharding.axes import MeshShape
 from sharding.ledger import Collective, collectives
-from sharding.link_times import Seconds, seconds_of
-from sharding.links import path
+from sharding.price.link_times import Seconds, seconds_of
+from sharding.price.links import path
+from sharding.price.standins import grid
+from sharding.price.target import Target, parse_target
+from sharding.price.timing import Modelled, modelled
+from sharding.price.work import Work, work
 from sharding.rules.data import data
 from sharding.rules.fsdp import fsdp
 from sharding.rules.tensor import tensor
 from sharding.scope import Scope
-from sharding.standins import grid
-from sharding.target import Target, parse_target
-from sharding.timing import Modelled, modelled
-from sharding.work import Work, work
 from tests.support import make_step, model_configs
 
 V = 2**30

@@ -16,9 +16,9 @@ from jax.sharding import PartitionSpec as P
 
 from sharding.axes import MeshShape
 from sharding.ledger import collectives, flops
+from sharding.price.work import Work, work
 from sharding.rules.data import data
 from sharding.rules.fsdp import fsdp
-from sharding.work import Work, work
 from tests.support import make_step, model_configs
 
 

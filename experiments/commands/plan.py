@@ -20,7 +20,7 @@ from sharding.finding import Limits
 
 if TYPE_CHECKING:
     from experiments.config import Experiment
-    from experiments.planned import Plan
+    from experiments.plans.planned import Plan
     from experiments.run_config import Origin
 
 
@@ -59,8 +59,8 @@ def main(argv: list[str]) -> int:
     made = _plan(origin, experiment, flags, flags.target)
     if second or flags.against:
         return _compared(made, _other([second, *rest] if second else [], origin, flags), flags)
-    from experiments.plan_page import page
-    from experiments.plan_tables import print_plan
+    from experiments.plans.page import page
+    from experiments.plans.tables import print_plan
 
     write_json(flags.json, made.to_json())
     if flags.html:
@@ -72,14 +72,14 @@ def main(argv: list[str]) -> int:
 
 
 def _plan(origin: Origin, experiment: Experiment, flags: Flags, target: str) -> Plan:
-    from experiments.planning import plan_for
-    from sharding.target import parse_target
+    from experiments.plans.planning import plan_for
+    from sharding.price.target import parse_target
 
     there = parse_target(target)
     if flags.rates == "measured":
         from experiments.config import Devices
         from experiments.devices import start
-        from experiments.rates import measured
+        from experiments.plans.rates import measured
 
         _tell(f"measuring what this machine does as {target}")
         start(Devices("pretend", there.devices), keep_memory=False)
@@ -104,7 +104,7 @@ def _other(argv: list[str], origin: Origin, flags: Flags) -> Plan:
 
 
 def _compared(first: Plan, second: Plan, flags: Flags) -> int:
-    from experiments.plan_diff import difference, difference_page, print_difference
+    from experiments.plans.diff import difference, difference_page, print_difference
 
     told = difference(first, second)
     write_json(flags.json, told.to_json())

@@ -1,0 +1,1 @@
+"""The real compilers of machines that are not there."""

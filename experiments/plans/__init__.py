@@ -1,0 +1,1 @@
+"""Plans: making one, and showing it."""

@@ -1,0 +1,1 @@
+"""Searching splits for a target."""

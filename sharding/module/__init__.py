@@ -1,0 +1,1 @@
+"""Compiled modules: reading them, and holding what is predicted to them."""
