@@ -2,7 +2,7 @@
 
 Claim:    what limits a step changes with the pod: products on small ones, then the collectives of one mesh axis on one network.
 Command:  shardlab sweep configs/plan_scaling.py
-Cost:     75 s on a core of a busy machine (measured); nothing is compiled or run
+Cost:     90 s of CPU time on a core of a busy machine (measured); nothing is compiled or run
 Result:   modelled: in weak scaling on v5p fsdp keeps 64 to 67 % of the products' peak at every size; on H100 it falls from 48 %
           on one host to 6 % on 512, where it waits for the latency of rings between hosts, and hsdp within hosts keeps 34 %
 """

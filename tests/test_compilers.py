@@ -175,6 +175,16 @@ def test_what_lasts_too_long_is_ended_and_says_so(tmp_path: Path) -> None:
     assert found.refused.message == "no result within 0.3 s"
 
 
+@pytest.mark.parametrize(
+    ("how", "says"), [("SIGABRT", "fault of the compiler"), ("SIGKILL", "memory is used up")]
+)
+def test_a_compiler_that_dies_is_told_by_its_signal(how: str, says: str, tmp_path: Path) -> None:
+    path = tmp_path / "case.py"
+    path.write_text(f"import os, signal\ndef config():\n    os.kill(os.getpid(), signal.{how})\n")
+    with pytest.raises(InputError, match=f"died of {how}.*{says}"):
+        compile_for(path, (), parse_target("cpu:8"))
+
+
 def test_ctrl_c_ends_the_process_that_compiles(tmp_path: Path) -> None:
     """And a signal that ends the one that asked ends it too, through its standard input."""
     path = tmp_path / "case.py"

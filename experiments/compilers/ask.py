@@ -79,10 +79,15 @@ def compile_for(
         code = process.wait()
         errors.seek(0)
         words = errors.read().decode("utf-8", "replace")
+    if code == -signal.SIGKILL:
+        raise InputError(
+            f"The process that compiled for {target.text} died of SIGKILL, which is how a machine whose memory is used up ends "
+            f"a process: plan for fewer devices or a smaller model, or where there is more."
+        )
     if code < 0:
         raise InputError(
-            f"The process that compiled for {target.text} died of {signal.Signals(-code).name}. SIGKILL is how a machine "
-            f"whose memory is used up ends a process: plan for fewer devices or a smaller model, or where there is more."
+            f"The {target.platform} compiler itself died of {signal.Signals(-code).name} on this step for {target.text}: a "
+            f"fault of the compiler. Its last words: {' '.join(words.split())[-300:]}. Take another mesh, rules or partitioner."
         )
     raise RuntimeError(f"compiling for {target.text} ended with exit code {code}:\n{words[-4000:]}")
 

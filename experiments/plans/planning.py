@@ -174,7 +174,7 @@ def verdict(
         says = f"The step needs {human(needs)} on each device ({by}); {machine} devices have no memory of their own."
         return Verdict(needs, by, None, None, says, ())
     fits = needs <= capacity and not refused
-    share = f"{human(needs)} of {human(capacity)} on each device ({by}, {100 * needs / capacity:.0f} %)"
+    share = f"{human(needs)} of {human(capacity)} on each device ({by}, {100 * needs / capacity:.2g} %)"
     if fits:
         return Verdict(needs, by, capacity, True, f"It fits: {share}.", ())
     tell("looking for what would make it fit")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -19,22 +19,31 @@ from sharding.axes import AXES
 
 GOLDEN = (math.sqrt(5) - 1) / 2
 RIDGE = 1e-3
+FOCUS = 2.0
+"""How much less a candidate counts in the fit that is slower: by its step, relative to the best, to so high a power."""
 MARGIN = 1.05
 """Of the capacity: what is guessed to be a little above may fit."""
 
 
 def spread(candidates: Sequence[Candidate], count: int) -> list[Candidate]:
-    """About `count` candidates from all over the list, with each chain of rules and each remat policy of it at least once."""
-    seen: dict[tuple[str, str], list[Candidate]] = {}
-    for c in candidates:
-        seen.setdefault((c.rules, c.remat), []).append(c)
-    firsts = [group[int(i * GOLDEN % 1 * len(group))] for i, group in enumerate(seen.values())]
-    step = max(1, math.ceil(len(firsts) / count))
-    places = (int(i * GOLDEN % 1 * len(candidates)) for i in itertools.count(1))
-    chosen = dict.fromkeys(firsts[::step])
-    while len(chosen) < min(count, len(candidates)):
-        chosen[candidates[next(places)]] = None
-    return list(chosen)
+    """`count` candidates to begin with: every chain of one axis with the fewest micro-batches, where the best so often lies,
+    under each remat policy; then in turn from those of two axes and from the whole list, evenly.
+    """
+    least = min((c.accumulate for c in candidates), default=1)
+    simple = [c for c in candidates if len(c.mesh) <= 2 and c.accumulate == least and "(" not in c.rules]
+    chosen = dict.fromkeys(c for c in simple if len(c.mesh) <= 1)
+    rest = (_evenly(part) for part in (simple, candidates) if part)
+    for c in itertools.chain.from_iterable(zip(*rest, strict=True)):
+        if len(chosen) >= min(count, len(candidates)):
+            break
+        chosen[c] = None
+    return list(chosen)[:count]
+
+
+def _evenly(candidates: Sequence[Candidate]) -> Iterator[Candidate]:
+    """Candidates from all over the list, for ever; after a while each of them."""
+    for i in itertools.count(1):
+        yield candidates[int(i * GOLDEN % 1 * len(candidates))]
 
 
 def likely(
@@ -52,7 +61,9 @@ def likely(
     x = np.array([_features(c, words) for c in seen])
     y = np.array([(math.log(f.step or 1.0), math.log(max(f.memory, 1))) for f in seen.values()])
     middle = y.mean(axis=0)
-    weights = np.linalg.solve(x.T @ x + RIDGE * len(x) * np.eye(x.shape[1]), x.T @ (y - middle))
+    near = np.exp(FOCUS * (y[:, :1].min() - y[:, :1]))  # what is slow anyway need not be told apart
+    told = x.T @ (near * x) + RIDGE * near.sum() * np.eye(x.shape[1])
+    weights = np.linalg.solve(told, x.T @ (near * (y - middle)))
     step, memory = (np.array([_features(c, words) for c in left]) @ weights + middle).T
     over = np.maximum(memory - math.log(capacity * MARGIN), 0.0) if capacity else np.zeros(len(left))
     order = sorted(range(len(left)), key=lambda i: (over[i] > 0, over[i] if over[i] > 0 else step[i], i))

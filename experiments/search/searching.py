@@ -28,7 +28,7 @@ Tell = Callable[[str], None]
 ROUND = 32
 """Candidates that are traced before the next are chosen: of a fixed number, so that the choice is the same on any machine."""
 SEEDS = 3
-"""One part in so many of the candidates traced is spread over the whole space first."""
+"""One part in so many of the candidates traced is chosen before anything is known of any."""
 LESS = 1.25
 """Of the capacity: up to where a predicted memory may turn out to fit when it is compiled."""
 EXHAUSTIVE = 64
