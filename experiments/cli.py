@@ -163,14 +163,14 @@ def check_file(path: Path, flag: str) -> None:
         ) from None
 
 
-def check_folder(path: Path, flag: str) -> None:
-    """Refuse a folder in which no file could be made later, itself or its parents being made: InputError."""
+def check_folder(path: Path, flag: str, change: str = "Give a folder that is writable.") -> None:
+    """Refuse a folder in which no file could be made later, itself or its parents being made: InputError, ending in what to
+    `change`.
+    """
     try:
         _check_folder(path)
     except OSError as error:
-        raise InputError(
-            f"{flag} {path} cannot be written ({error.strerror}). Give a folder that is writable."
-        ) from None
+        raise InputError(f"{flag} {path} cannot be written ({error.strerror}). {change}") from None
 
 
 def _check_folder(folder: Path) -> None:

@@ -189,6 +189,8 @@ def cache_compilations(folder: str) -> None:
 
     if jax.config.values.get("jax_compilation_cache_dir"):
         return
-    check_folder(Path(folder), "The cache of compiled programs (JAX_COMPILATION_CACHE_DIR)")
+    # Not by JAX_COMPILATION_CACHE_DIR: data that are made ready lie beside it, so another folder for programs would not do.
+    change = "Work in a folder that is writable, and in which nothing else has that name."
+    check_folder(Path(folder), "The cache of compiled programs", change)
     jax.config.update("jax_compilation_cache_dir", folder)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)

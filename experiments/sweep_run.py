@@ -13,14 +13,14 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from experiments import assemble
 from experiments.config import Experiment
 from experiments.data.contract import Dataset
 from experiments.records import Header, Records, installed_versions
 from experiments.sweep import Point, Sweep, of
-from experiments.sweep_agreement import agreement, loss_dtype
+from experiments.sweep_agreement import Rounding, rounding
 from sharding.errors import InputError
 
 if TYPE_CHECKING:
@@ -41,10 +41,12 @@ class Side:
     experiment: Experiment
     step: Any
     tokens: int
-    """Tokens of one step."""
+    """Tokens of one step, or examples, as `unit` says."""
+    unit: Literal["tokens", "examples"]
+    """What is counted: tokens of text, else examples."""
     lowered: Any
-    dtype: str
-    """The coarsest type to which the model casts on the way to its loss; "float32" where it casts to none that is coarser."""
+    rounding: Rounding
+    """The coarsest on the way to its loss."""
     compiled: Any = None
     state: Any = None
     compile_seconds: float = 0.0
@@ -55,12 +57,12 @@ class Side:
     busy: list[float] = field(default_factory=list)
     """CPU cores that the process kept busy during the timed steps of each finished round."""
 
-    def agree(self) -> float:
-        """Largest relative difference of its loss from another split's that rounding explains."""
-        return agreement(self.dtype, self.tokens)
+    def agree(self, update: int) -> float:
+        """Largest relative difference of its loss at an update, from 1, from another split's that rounding explains."""
+        return self.rounding.explains(update, self.tokens)
 
     def rate(self) -> float:
-        """Tokens a second, the median over finished rounds."""
+        """Tokens, or examples, a second, the median over finished rounds."""
         return median(self.tokens / x for x in self.seconds)
 
 
@@ -94,6 +96,7 @@ def prepare(sweep: Sweep, found: Sequence[Any]) -> tuple[list[Side], Dataset]:
 def _side(sweep: Sweep, point: Point, found: Sequence[Any], dataset: Dataset) -> Side:
     import jax
 
+    from experiments.evaluate import unit
     from experiments.explanation import counted
 
     began, experiment = time.perf_counter(), sweep.experiment(point)
@@ -109,8 +112,9 @@ def _side(sweep: Sweep, point: Point, found: Sequence[Any], dataset: Dataset) ->
         experiment,
         step,
         counted(shapes),
+        unit(dataset),
         lowered,
-        loss_dtype(step, batch),
+        rounding(step, batch, experiment.partitioner),
         compile_seconds=time.perf_counter() - began,
     )
 
@@ -193,22 +197,23 @@ def _turn(side: Side, dataset: Dataset, updates: int) -> list[tuple[float, float
 def disagreements(sides: Sequence[Side]) -> dict[int, float]:
     """Largest relative difference of losses at any update, for each global batch, over the sides that have that batch.
 
-    Raises `Disagreement`, naming sides, update and losses, where it is more than their type's rounding explains
-    (`Side.agree`) or a loss is not finite.
+    Raises `Disagreement`, naming sides, update and losses, where it is more than their rounding explains (`Side.agree`) or
+    a loss is not finite.
     """
     found: dict[int, float] = {}
     for batch in dict.fromkeys(s.point.batch for s in sides):
         alike = [s for s in sides if s.point.batch == batch]
         found[batch] = 0.0
-        for at, losses in enumerate(zip(*(s.losses for s in alike), strict=True)):
+        for update, losses in enumerate(zip(*(s.losses for s in alike), strict=True), 1):
             low, high = min(losses), max(losses)
             apart = (high - low) / abs(low) if low else high - low
-            if not apart <= alike[0].agree():  # written so that a loss that is not a number departs too
+            most, by = alike[0].agree(update), alike[0].rounding
+            if not apart <= most:  # written so that a loss that is not a number departs too
                 told = ", ".join(f"{x:.7g} ({s.point})" for s, x in zip(alike, losses, strict=True))
                 raise Disagreement(
-                    f"The losses of update {at + 1} on the same {batch} rows differ by {apart:.1e} of their size, and "
-                    f"rounding of {alike[0].dtype}, in which the model computes, explains {alike[0].agree():.0e}: {told}. One "
-                    f"of these splits computes something else, so its speed means nothing; the round is not recorded."
+                    f"The losses of update {update} on the same {batch} rows differ by {apart:.1e} of their size, and "
+                    f"rounding of {by.dtype}, {by.where}, explains {most:.0e}: {told}. One of these splits computes "
+                    f"something else, so its speed means nothing; the round is not recorded."
                 )
             found[batch] = max(found[batch], apart)
     return found
@@ -223,6 +228,7 @@ def _values(side: Side, seconds: Sequence[float], at: int, difference: float) ->
         "devices": point.devices,
         "global_batch": point.batch,
         "tokens_per_step": side.tokens,
+        "unit": side.unit,
         "step_seconds": [median(seconds)],
         "cores": cores(),
         "round": at + 1,
@@ -285,6 +291,7 @@ def rows(measured: Measured, shared_cores: bool) -> Iterator[dict[str, Any]]:
             "step_seconds": median(side.seconds),
             "step_seconds_range": [min(side.seconds), max(side.seconds)],
             "tokens_per_second": side.rate(),
+            "unit": side.unit,
             "efficiency": side.rate() / ideal,
             "cores_busy": median(side.busy),
             "compile_seconds": side.compile_seconds,

@@ -36,7 +36,7 @@ MODES = {
 
 @dataclass(frozen=True)
 class Point:
-    """One device count of one split: tokens a second of each round, and tokens a step."""
+    """One device count of one split: tokens, or what the records count, a second of each round and a step."""
 
     devices: int
     cores: int
@@ -56,7 +56,7 @@ class Series:
     points: tuple[Point, ...]
     base_devices: int
     base_rate: float
-    """Median tokens a second at ``base_devices``."""
+    """Median tokens, or what the records count, a second at ``base_devices``."""
 
     def ideal(self, point: Point) -> float:
         """Speed-up over ``base_devices`` that the hardware allows: by cores where devices share them, else by
@@ -78,6 +78,7 @@ def draw(records: list[Record]) -> Figure:
             "figure of its own: give --records one of them at a time."
         )
     modes = [m for m in MODES if any(s.mode == m for s in found)]
+    unit = _unit(records)
     figure = Figure(figsize=(style.PAGE, 0.45 + 2.05 * len(modes)), layout="constrained")
     grid = figure.subplots(len(modes), 2, squeeze=False)
     style.note(
@@ -85,12 +86,23 @@ def draw(records: list[Record]) -> Figure:
     )
     splits = list(dict.fromkeys(s.label for s in found))
     for (left, right), mode in zip(grid, modes, strict=True):
-        _panels(left, right, [s for s in found if s.mode == mode], splits)
+        _panels(left, right, [s for s in found if s.mode == mode], splits, unit)
         left.set_title(MODES[mode], loc="left")
         right.set_title("Efficiency: measured over ideal", loc="left")
     for axes in grid[-1]:
         axes.set_xlabel("pretend devices" if shared == {True} else "devices")
     return figure
+
+
+def _unit(records: list[Record]) -> str:
+    """What the sweeps' steps are counted in; a record without the word means tokens."""
+    units = {str(r.values.get("unit", "tokens")) for r in records if r.kind == "sweep"}
+    if len(units) > 1:
+        raise RecordError(
+            f"These sweep records count {' and '.join(sorted(units))}, whose rates have no common axis: give --records one of "
+            f"them at a time."
+        )
+    return units.pop()
 
 
 def _series(records: list[Record]) -> list[Series]:
@@ -143,7 +155,8 @@ def _points(records: list[Record], key: tuple[str, str, bool]) -> tuple[Point, .
     per_device = {p.tokens_per_step if key[0] == "strong" else p.tokens_per_step / p.devices for p in points}
     if len(per_device) > 1 or len({p.devices for p in points}) < len(points):
         sizes = ", ".join(
-            f"{p.tokens_per_step} tokens on {p.devices} devices with {p.cores} cores" for p in points
+            f"{p.tokens_per_step} {_unit(records)} on {p.devices} devices with {p.cores} cores"
+            for p in points
         )
         rule = (
             "one batch at every device count"
@@ -185,8 +198,8 @@ def _based(
     return Series(*key[:2], key[2], points, first.devices, statistics.median(first.rates))
 
 
-def _panels(left: Axes, right: Axes, found: list[Series], splits: list[str]) -> None:
-    """Left: tokens a second where devices share cores, speed-up where each brings its own; right: efficiency."""
+def _panels(left: Axes, right: Axes, found: list[Series], splits: list[str], unit: str) -> None:
+    """Left: `unit` (tokens) a second where devices share cores, speed-up where each brings its own; right: efficiency."""
     shared = found[0].shared_cores
     for axes in (left, right):
         _scales(axes, sorted({p.devices for s in found for p in s.points}))
@@ -221,12 +234,12 @@ def _panels(left: Axes, right: Axes, found: list[Series], splits: list[str]) -> 
     right.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     right.set_ylim(0, max(1.08, right.get_ylim()[1]))
     if shared:
-        left.set_ylabel("tokens/s")
+        left.set_ylabel(f"{unit}/s")
         left.yaxis.set_major_formatter(FuncFormatter(lambda y, _: style.counted(y)))
         left.set_ylim(0, max(1.08 * rate, left.get_ylim()[1]))
     else:
         left.set_ylabel(
-            f"speed-up over {_plural(found[0].base_devices)}\n(1 = {style.counted(rate)} tokens/s)"
+            f"speed-up over {_plural(found[0].base_devices)}\n(1 = {style.counted(rate)} {unit}/s)"
         )
         left.set_yscale("log", base=2)
         left.yaxis.set_major_locator(FixedLocator([2**k for k in range(-3, 21)]))

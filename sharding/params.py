@@ -196,11 +196,13 @@ def values(model: Any) -> dict[str, jax.Array]:
 def drawing(seed: int) -> Iterator[jax.Array]:
     """The key of a seed for what is drawn within, whatever jax's own settings are.
 
-    JAX_DEFAULT_PRNG_IMPL would change the numbers of a run, JAX_THREEFRY_PARTITIONABLE also from mesh to mesh, and no record
-    tells either.
+    JAX_DEFAULT_PRNG_IMPL and JAX_RANDOM_SEED_OFFSET would change the numbers of a run, JAX_THREEFRY_PARTITIONABLE also from
+    mesh to mesh, and no record tells any of them. So the key is made of the seed's lowest 32 bits, which are all that
+    `jax.random.key` takes without the offset and 64-bit types.
     """
+    bits: Any = np.array([0, int(seed) & 0xFFFFFFFF], np.uint32)
     with jax.threefry_partitionable(True):
-        yield jax.random.key(seed, impl="threefry2x32")
+        yield jax.random.wrap_key_data(bits, impl="threefry2x32")
 
 
 def initial(tree: Mapping[str, ParamSpec], seed: int) -> dict[str, jax.Array]:

@@ -244,6 +244,23 @@ def test_a_file_where_the_compiled_programs_belong(tmp_path: Path):
     assert "cannot be written" in said
 
 
+@pytest.mark.parametrize("chosen", [False, True], ids=["programs", "data"])
+def test_a_working_folder_in_which_nothing_can_be_made(chosen: bool, tmp_path: Path):
+    """/proc takes no file, not even of root: where programs are cached elsewhere, it is the data that find no place."""
+    place(tmp_path)
+    chooses = str(tmp_path / "programs") if chosen else ""
+    words = ("train", str(tmp_path / "small.py"), "--data.path", str(tmp_path / "corpus"))
+    process = start(
+        Path("/proc"), *words, "--runs", str(tmp_path / "runs"), JAX_COMPILATION_CACHE_DIR=chooses
+    )
+    said, _ = process.communicate(timeout=120)
+    assert process.returncode == 2, said
+    assert f".cache/{'data' if chosen else 'jax'}" in said
+    assert "Work in a folder that is writable" in said
+    assert "JAX_COMPILATION_CACHE_DIR" not in said, "another folder for programs would not do"
+    assert not (tmp_path / "runs").exists()
+
+
 def test_a_file_where_the_runs_of_a_name_belong(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     (tmp_path / "small").touch()
     assert "cannot be written" in refused(capsys, "train", "--runs", tmp_path)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +13,7 @@ from flax import nnx
 import sharding.params
 from models.transformer_config import TransformerConfig
 from sharding.errors import InputError
-from sharding.params import bind, declare, initial, matrices, normal, ones, param, stack, values
+from sharding.params import bind, declare, drawing, initial, matrices, normal, ones, param, stack, values
 
 SMALL = TransformerConfig(vocab=16, layers=2, embed=8, heads=2, kv_heads=1, head_dim=4, mlp=12, length=8)
 
@@ -56,6 +58,34 @@ def test_initial_values_depend_on_seed_and_path_alone() -> None:
     np.testing.assert_array_equal(first["table"], alone["table"])
     assert not np.array_equal(first["table"], other["table"])
     assert not np.array_equal(first["layers.attention.k"], first["layers.attention.v"])
+
+
+@pytest.fixture
+def offset() -> Iterator[None]:
+    """JAX_RANDOM_SEED_OFFSET set, for the test."""
+    jax.config.update("jax_random_seed_offset", 7)
+    yield
+    jax.config.update("jax_random_seed_offset", 0)
+
+
+def test_an_offset_of_jax_changes_no_initial_value(request: pytest.FixtureRequest) -> None:
+    tree = declare(SMALL.build())
+    usual = initial(tree, 3)
+    request.getfixturevalue("offset")
+    assert jax.random.key_data(jax.random.key(3)).tolist() == [0, 10], "the setting is in force"
+    drawn, jitted = initial(tree, 3), jax.jit(lambda: initial(tree, 3))()
+    for path in tree:
+        np.testing.assert_array_equal(usual[path], drawn[path])
+        np.testing.assert_array_equal(usual[path], jitted[path])
+
+
+@pytest.mark.parametrize("seed", [0, 3, 2**31 - 1, 2**31, 2**32 - 1])
+@pytest.mark.parametrize("x64", [False, True])
+def test_the_key_of_a_seed_is_the_one_that_jax_makes(seed: int, x64: bool) -> None:
+    with jax.enable_x64(x64), drawing(seed) as key:
+        asked = jax.random.key(seed, impl="threefry2x32")
+        assert key.dtype == asked.dtype
+        np.testing.assert_array_equal(jax.random.key_data(key), jax.random.key_data(asked))
 
 
 @pytest.mark.parametrize("setting", ["rbg", "not partitionable"])

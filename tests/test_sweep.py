@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, cast
@@ -16,17 +17,20 @@ from typing import Any, cast
 import jax
 import pytest
 
-from experiments import assemble, cli, run_folder, sweep_run
+from experiments import assemble, cli, devices, run_folder, sweep_run
 from experiments.commands import sweep as sweep_command
 from experiments.config import config_hash, to_json
 from experiments.events import read_events
 from experiments.feed import global_batch
-from experiments.records import Record, read
+from experiments.records import Record, RecordError, read
 from experiments.run_config import Origin
-from experiments.sweep import load
-from experiments.sweep_agreement import AGREE
+from experiments.sweep import Point, load
+from experiments.sweep_agreement import AGREE, Rounding
 from paper_figures import build, scaling
+from sharding.axes import MeshShape
 from sharding.errors import InputError
+from sharding.partitioner import Manual
+from sharding.rules.data import data
 
 ROOT = Path(__file__).resolve().parent.parent
 SCALING = ROOT / "configs" / "scaling_quick.py"
@@ -105,6 +109,8 @@ def test_a_sweep_measures_records_and_draws(
     result = json.loads((tmp_path / "out" / "result.json").read_text())
     assert f"share the same {result['cores']} CPU core" in said
     assert "efficiency" in said
+    assert "tokens/s" in said
+    assert {r.values["unit"] for r in records} == {p["unit"] for p in result["points"]} == {"tokens"}
     assert (result["rounds"], result["stopped"], len(result["points"])) == (2, "", 4)
     assert result["loss_difference"] == max(r.values["loss_difference"] for r in records) < AGREE
     assert [Path(p).name for p in result["figures"]] == ["scaling.svg", "scaling.png"]
@@ -171,7 +177,7 @@ def test_losses_in_bfloat16_agree_to_its_rounding_and_no_further(
     agreed = []
 
     def planted(side: sweep_run.Side, initial: Any) -> None:
-        agreed.append(side.agree())
+        agreed.append(side.agree(1))
         if side.point.split == "fsdp":
             initial = initial | {
                 "params": {k: x * x.dtype.type(factor) for k, x in initial["params"].items()}
@@ -188,6 +194,96 @@ def test_losses_in_bfloat16_agree_to_its_rounding_and_no_further(
     else:
         assert code == 1
         assert "rounding of bfloat16, in which the model computes, explains 8e-03" in said
+
+
+BF16 = Rounding("bfloat16", "in which the model computes", 2.0**-8)
+INT8 = Rounding("int8", "in which its products are taken", 1 / 254)
+E5M2 = Rounding("float8_e5m2", "in which its products are taken", 2.0**-3)
+
+
+def compared(rounding: Rounding, *apart: float) -> dict[int, float]:
+    """What a sweep makes of two splits whose losses depart by so much of their size, update by update, over 16,384 tokens."""
+    both = sweep_run.Side(cast(Any, None), cast(Any, None), None, 16384, "tokens", None, rounding)
+    one, two = (
+        replace(both, point=Point("strong", s, data(), MeshShape(), 1, 256)) for s in ("data", "fsdp")
+    )
+    one.losses, two.losses = [2.0 for _ in apart], [2.0 * (1 + x) for x in apart]
+    return sweep_run.disagreements([one, two])
+
+
+@pytest.mark.parametrize(
+    ("rounding", "right", "wrong", "update", "said"),
+    [
+        (
+            BF16,
+            (4e-4, 6.3e-4, 1e-2),
+            (6.3e-4, 0.0),
+            1,
+            "bfloat16, in which the model computes, explains 5e-04",
+        ),
+        (BF16, (4e-4, 5e-2), (4e-4, 7e-2), 2, "bfloat16, in which the model computes, explains 6e-02"),
+        (INT8, (4e-4, 2e-2), (6e-4, 0.0), 1, "int8, in which its products are taken, explains 5e-04"),
+        (INT8, (0.0, 6e-2), (0.0, 7e-2), 2, "int8, in which its products are taken, explains 6e-02"),
+        (E5M2, (1e-2, 6e-2), (1e-2, 7e-2), 2, "float8_e5m2, in which its products are taken, explains 6e-02"),
+        (Rounding("float32", "", 2.0**-24), (9e-6, 9e-6), (9e-6, 2e-5), 2, "explains 1e-05"),
+    ],
+)
+def test_rounding_is_averaged_while_the_weights_are_the_same_and_common_to_all_tokens_after(
+    rounding: Rounding, right: tuple[float, ...], wrong: tuple[float, ...], update: int, said: str
+) -> None:
+    assert compared(rounding, *right) == {256: pytest.approx(max(right))}
+    with pytest.raises(sweep_run.Disagreement, match=f"of update {update} on .*{said}"):
+        compared(rounding, *wrong)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "products", "expected"),
+    [
+        ("float32", "none", Rounding("float32", "in which the model computes", 2.0**-24)),
+        ("bfloat16", "none", BF16),
+        ("bfloat16", "int8", INT8),
+        ("float32", "float8_e4m3fn", Rounding("float8_e4m3fn", "in which its products are taken", 2.0**-4)),
+        ("float32", "float8_e5m2", E5M2),
+    ],
+)
+def test_products_in_8_bits_are_what_rounds_most(
+    dtype: str, products: Any, expected: Rounding, config: Callable[[str], str]
+) -> None:
+    whole = load(Path(config("def config(): return tiny(TWO)")))
+    base = replace(
+        whole.base,
+        model=replace(cast(Any, whole.base.model), dtype=dtype),
+        partitioner=Manual(products=products),
+    )
+    ((side,), _) = sweep_run.prepare(replace(whole, base=base), devices.start(base.devices))
+    assert side.rounding == expected
+
+
+def test_a_sweep_over_images_counts_examples(
+    config: Callable[[str], str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    last = (
+        "from configs.digits_mlp import config as digits\n"
+        "def config():\n"
+        "    s = tiny(ONE, rounds=1, steps=1)\n"
+        "    return replace(s, base=replace(digits(), model=replace(digits().model, embed=8, mlp=8)))"
+    )
+    code, folder, (record,) = swept(tmp_path, config(last), "--json", str(tmp_path / "result.json"))
+    said = capsys.readouterr().out
+    assert code == 0
+    assert "examples/s" in said
+    assert "tokens" not in said
+    assert (record.values["unit"], record.values["tokens_per_step"]) == ("examples", 4)
+    assert json.loads((tmp_path / "result.json").read_text())["points"][0]["unit"] == "examples"
+    drawn = (folder / "scaling.svg").read_text()
+    assert "examples/s" in drawn
+    assert "tokens/s" not in drawn
+    axes = scaling.draw([record]).axes[0]
+    assert "examples/s" in axes.get_ylabel()
+    old = replace(record, values={k: v for k, v in record.values.items() if k != "unit"})
+    assert "tokens/s" in scaling.draw([old]).axes[0].get_ylabel(), "a record without the word means tokens"
+    with pytest.raises(RecordError, match="count examples and tokens"):
+        scaling.draw([record, old])
 
 
 @pytest.mark.parametrize(("turn", "kept"), [(2, 0), (7, 1)], ids=["first round", "second round"])

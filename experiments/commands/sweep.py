@@ -203,7 +203,7 @@ def _sharing(cores: int) -> str:
 
 
 def _table(points: list[dict[str, Any]]) -> list[str]:
-    """Lines of the table: one a point, with the range of its rounds' medians."""
+    """Lines of the table: one a point, with the range of its rounds' medians. `tokens_per_second` counts what `unit` says."""
     if not points:
         return []
     head = (
@@ -212,7 +212,7 @@ def _table(points: list[dict[str, Any]]) -> list[str]:
         "devices",
         "rows",
         "median ms",
-        "tokens/s",
+        f"{points[0]['unit']}/s",  # all points have the base's data
         "efficiency",
         "min-max ms",
         "cores busy",

@@ -178,7 +178,7 @@ def _lock(path: Path) -> Iterator[bool]:
         file = path.open("w")
     except OSError as error:
         raise InputError(
-            f"Cannot write to the cache folder {path.parent}: {error.strerror or error}."
+            f"Cannot write to the cache folder {path.parent}: {error.strerror or error}. Work in a folder that is writable."
         ) from error
     with file:
         try:
