@@ -102,7 +102,8 @@ def verify(
     oracle, rounding = work.oracle, tuple(sorted(work.oracle.rounding))
     terms, leaves = oracle.budget.terms, len(oracle.one.single.gradients)
     precision = "float64" if x64 else str(getattr(experiment.model, "dtype", "float32"))
-    return Verified(tuple(outcomes), steps, work.rows, terms, leaves, precision, oracle.within, rounding)
+    held = terms, leaves, precision, oracle.within, rounding, oracle.casts_unmeasured
+    return Verified(tuple(outcomes), steps, work.rows, *held)
 
 
 class _Work:

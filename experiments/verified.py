@@ -80,6 +80,9 @@ class Verified:
     """Kind of array -> a narrower dtype that the step itself casts to and that moves arrays of it; none: no entry."""
     rounding: tuple[str, ...] = ()
     """Parameters whose gradients are nothing but rounding: what the updates make of them is hardly judged."""
+    casts_unmeasured: str = ""
+    """Why one device could not run in double without the step's own casts, which then have no room; "" where it did, or where
+    it casts nothing."""
 
     @property
     def checked(self) -> tuple[Outcome, ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import fields, replace
 from typing import Any
 
@@ -32,7 +32,8 @@ class Oracle:
     double without these casts (`ready`: the steps, which stay compiled; `one`: their trials).
 
     `within` is the narrower type whose rounding moves arrays of a kind (`own_casts`), `rounding` the parameters whose gradients
-    are nothing but rounding. Raises InputError where no budget can be made of it.
+    are nothing but rounding. `casts_unmeasured` tells why the last of the three could not run ("" where it did, or where
+    nothing is cast): own casts then have no room, as in a model that has none. Raises InputError where no budget can be made.
     """
 
     def __init__(
@@ -43,13 +44,19 @@ class Oracle:
         with jax.enable_x64(True):
             step = one_device(double, doubled(double.model.build()))
         exact = Ready(step, rows, True)
-        wide = Ready(step, rows, True, wide=True) if exact.casts else exact
-        self.ready = One(Ready(one_device(experiment), rows), exact, wide)
-        single = self.ready.single.run(experiment.seed, batches)
+        ready = Ready(one_device(experiment), rows)
+        single = ready.run(experiment.seed, batches)
         # The same start: a foreign model may draw other numbers in double.
-        made = {r: r.run(experiment.seed, batches, single.initial) for r in dict.fromkeys((exact, wide))}
-        self.one = One(single, made[exact], made[wide])
-        self.budget = Budget(batches[0]["weights"].size, x64, exact.casts)
+        made = exact.run(experiment.seed, batches, single.initial)
+        without, self.casts_unmeasured = (exact, made), ""
+        if exact.casts:
+            try:
+                wide = Ready(step, rows, True, wide=True)
+                without = wide, wide.run(experiment.seed, batches, single.initial)
+            except Exception as error:  # of any kind: its author's code at types that it was not written for
+                self.casts_unmeasured = _why(error, exact.casts)
+        self.ready, self.one = One(ready, exact, without[0]), One(single, made, without[1])
+        self.budget = Budget(batches[0]["weights"].size, x64, () if self.casts_unmeasured else exact.casts)
         self._check_finite()
         self.within = own_casts(self.budget, self.one)
         self.rounding = self.budget.arbitrary(single.gradients, self.one.wide.gradients)
@@ -86,6 +93,7 @@ class Oracle:
                     f"where rounding would make at most {most:.0e}: the model computes something else in double, so no "
                     f"error budget can be derived. Draw random bits as integers (jax.random.bits), since floating "
                     f"draws depend on the precision, or give verify a tamer start (another --seed, a smaller scale)."
+                    + (f" {self.casts_unmeasured}" if self.casts_unmeasured else "")
                 )
 
     @functools.cached_property
@@ -95,3 +103,12 @@ class Oracle:
         exact = witness(two.step, first, batch, True)
         without = exact if wide is two else witness(two.step, first, batch, True, wide=True)
         return witness(one.step, first, batch), exact, without
+
+
+def _why(error: Exception, casts: Collection[str]) -> str:
+    """One sentence: the run without own casts failed, and what follows from that."""
+    return (
+        f"The step casts to {', '.join(sorted(casts))} by itself, but one device in double could not run without these casts: "
+        f"nothing is allowed for what they round, so that what departs may be their rounding alone "
+        f"({type(error).__name__}: {' '.join(str(error).split())[:300]})."
+    )

@@ -101,6 +101,8 @@ def _rounding(console: Console, made: Verified) -> None:
             f"{who} computes in {dtype} by itself, whatever it is given: the budget of each {', '.join(kinds)} array that this "
             f"moves holds that rounding, and smaller errors go unseen."
         )
+    if made.casts_unmeasured:
+        console.print(made.casts_unmeasured, markup=False)
     if made.rounding:
         console.print(
             f"Nothing but rounding is the gradient of {', '.join(made.rounding)}: it does not change the loss, and the sign of "

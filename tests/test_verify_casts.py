@@ -9,19 +9,23 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 from jax import Array, lax
 
+import sharding.proof.double
 import sharding.step
 from experiments.config import Experiment
 from experiments.data.stdlib import Stdlib
+from experiments.verified_tables import print_verified
 from sharding.axes import MeshShape
 from sharding.ops import cross_entropy, einsum, embed, positions, rms_norm
 from sharding.params import Entry, normal, ones, param
-from sharding.partitioner import Manual
+from sharding.partitioner import Auto, Manual
 from sharding.proof.budget import Budget
 from sharding.proof.double import narrowed, unit, widely
+from sharding.proof.trial import Ready
 from sharding.rule import Rules, also
 from sharding.rules.data import data
 from tests.support import custom
@@ -29,10 +33,18 @@ from tests.verified import Opened, judged, only, small
 
 CONTEXT = MeshShape(context=2)
 LENGTH = 32
+ANGLES = np.exp(1j * np.linspace(0.1, 1.5, 16)).astype(np.complex64)
 
 
 def split_positions() -> Rules:
     return data() | custom(activation={"length": also("context")})
+
+
+def _turned(x: Array) -> Array:
+    """Pairs of float32 features turned as complex numbers by angles that are constants."""
+    pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, 2)
+    turned = lax.complex(pairs[..., 0], pairs[..., 1]) * jnp.asarray(ANGLES)[None, None]
+    return jnp.stack([turned.real, turned.imag], -1).reshape(x.shape)
 
 
 class Words(nnx.Module):
@@ -57,6 +69,7 @@ class Words(nnx.Module):
             places = lax.stop_gradient(places)
         x = rms_norm(x + places[at][None], self.norm, "batch length embed")
         x = x.astype(self.main).astype(x.dtype) if self.main else x
+        x = _turned(x).astype(x.dtype) if self.at == "turned" else x
         logits = einsum("batch length embed, embed vocab -> batch length vocab", x, self.out)
         nats = cross_entropy(logits, batch["labels"], "batch length vocab") * batch["weights"]
         sums = {
@@ -156,6 +169,69 @@ def test_a_right_split_agrees_beside_a_cast(seed: int, opened: Opened) -> None:
     assert made.within["gradient"] == "bfloat16"
 
 
+def test_a_right_split_of_complex_numbers_agrees_beside_a_cast(opened: Opened) -> None:
+    made = judged(words(at="turned"), opened, by=Auto())
+    assert only(made).verdict == "agrees", only(made)
+    assert made.within["gradient"] == "float32"
+
+
+@dataclass(frozen=True)
+class Gathered:
+    """Adam every other update, on the mean of two gradients: the two branches of a `cond` must have one type."""
+
+    def largest_norm(self) -> float:
+        """At which gradients are clipped."""
+        return 1.0
+
+    def schedule(self, steps: int) -> Any:
+        """The learning rate of each update."""
+        return lambda _: 1e-2
+
+    def build(self, steps: int, matrices: Any = None) -> Any:
+        """The optax transformation."""
+        return optax.MultiSteps(optax.adam(1e-2), 2).gradient_transformation()
+
+
+def test_an_optimizer_is_traced_at_the_types_of_its_own_state(opened: Opened) -> None:
+    made = judged(replace(words(), optimizer=Gathered()), opened)
+    assert only(made).verdict == "agrees", only(made)
+    assert not made.casts_unmeasured
+    assert set(made.within) <= {"parameter", "optimizer"}
+    assert made.within["optimizer"] == "float32"
+
+
+@pytest.mark.parametrize("when", ["traced", "run"])
+def test_without_the_run_that_measures_casts_they_have_no_room(
+    when: str, monkeypatch: pytest.MonkeyPatch, opened: Opened, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(*_: Any) -> Any:
+        raise TypeError("no rule\nfor it")
+
+    real = Ready.run
+    if when == "traced":
+        monkeypatch.setattr(sharding.proof.double, "_made", refuse)
+    else:
+        monkeypatch.setattr(Ready, "run", lambda self, *given: (refuse if self.wide else real)(self, *given))
+    said = (
+        "The step casts to bfloat16 by itself, but one device in double could not run without these casts: nothing is allowed "
+        "for what they round, so that what departs may be their rounding alone (TypeError: no rule for it)."
+    )
+    e = words(metric="bfloat16")
+    made = judged(e, opened)
+    assert (made.casts_unmeasured, made.within) == (said, {})
+    assert made.to_json()["casts_unmeasured"] == said
+    worst = only(made).worst
+    assert worst["gradient"].share < 1
+    assert not any(c.casts for c in worst.values())
+    print_verified(made, 1.0)
+    assert capsys.readouterr().out.count(said) == 1
+    monkeypatch.undo()
+    room = judged(e, opened)
+    assert room.casts_unmeasured == room.to_json()["casts_unmeasured"] == ""
+    assert room.within == {"loss": "bfloat16"}
+    assert only(room).worst["gradient"] == worst["gradient"]
+
+
 # What a step casts by itself is left out, wherever it stands.
 
 
@@ -192,6 +268,42 @@ def _preferred(x: Array) -> Array:
     )
 
 
+def _complex(x: Array) -> Array:
+    """Complex numbers of two float32, made of rounded ones."""
+    return lax.complex(_single(x), _single(jnp.sin(x)))
+
+
+def _exactly(x: Array) -> Array:
+    return lax.complex(x, jnp.sin(x))
+
+
+def _scanned(c: Array, x: Array) -> Array:
+    """A linear recurrence over complex numbers, one position after another."""
+    return lax.scan(lambda c, u: (c * (0.5 + 0.5j) + u, c.imag), c, x)[1]
+
+
+def _linear(z: Array) -> Array:
+    """A linear recurrence over complex numbers, all positions at once."""
+    factors = jnp.full(z.shape, 0.5 + 0.25j, z.dtype)
+    return lax.associative_scan(lambda a, b: (a[0] * b[0], b[0] * a[1] + b[1]), (factors, z))[1].imag
+
+
+def _filtered(x: Array, by: Any) -> Array:
+    return jnp.fft.irfft(jnp.fft.rfft(x) * by, 8)
+
+
+def _system(x: Array) -> Array:
+    return x @ x.T + 6 * jnp.eye(6, dtype=x.dtype)
+
+
+def _single(x: Array) -> Array:
+    return _own(x).astype(jnp.float32)
+
+
+def _conjugate(x: Array) -> Array:
+    return jax.scipy.sparse.linalg.cg(_system(x), x[:, 0], maxiter=3)[0]
+
+
 PLACES: dict[str, tuple[Callable[[Array], Any], Callable[[Array], Any]]] = {
     "scan": (
         lambda x: lax.scan(lambda c, _: (_own(jnp.sin(c)), None), x, None, length=3)[0],
@@ -212,6 +324,33 @@ PLACES: dict[str, tuple[Callable[[Array], Any], Callable[[Array], Any]]] = {
     "scatter": (_added, lambda x: jnp.zeros((5, 8), x.dtype).at[jnp.array([0, 1, 1, 3])].add(x[:4])),
     "a product": (_preferred, lambda x: x @ x.T),
     "reduce_precision": (lambda x: lax.reduce_precision(x, 8, 7) * x, lambda x: x * x),
+    "complex numbers": (
+        lambda x: (_complex(x) * ANGLES[None, :8]).real.astype(x.dtype),
+        lambda x: (_exactly(x) * ANGLES[None, :8].astype(complex)).real,
+    ),
+    "a complex type": (
+        lambda x: jnp.square(lax.complex(_own(x), x)).astype(jnp.complex64).imag.astype(x.dtype),
+        lambda x: jnp.square(lax.complex(x, x)).imag,
+    ),
+    "a transform": (
+        lambda x: _filtered(_single(x), ANGLES[None, :5]),
+        lambda x: _filtered(x, ANGLES[None, :5].astype(complex)),
+    ),
+    "a complex scan": (
+        lambda x: _scanned(jnp.zeros(8, jnp.complex64), _complex(x)),
+        lambda x: _scanned(jnp.zeros(8, complex), _exactly(x)),
+    ),
+    "a complex associative scan": (lambda x: _linear(_complex(x)), lambda x: _linear(_exactly(x))),
+    "a linear system": (
+        lambda x: jnp.linalg.solve(_system(_single(x)), _single(x)),
+        lambda x: jnp.linalg.solve(_system(x), x),
+    ),
+    "an inverse": (lambda x: jnp.linalg.inv(_system(_single(x))), lambda x: jnp.linalg.inv(_system(x))),
+    "a determinant": (
+        lambda x: jnp.linalg.slogdet(_system(_single(x)))[1],
+        lambda x: jnp.linalg.slogdet(_system(x))[1],
+    ),
+    "conjugate gradients": (lambda x: _conjugate(_single(x)), _conjugate),
     "a type between": (lambda x: jnp.sort(_own(x).astype(jnp.float32), -1).astype(x.dtype), lambda x: jnp.sort(x, -1)),
 }  # fmt: skip
 
@@ -219,7 +358,7 @@ PLACES: dict[str, tuple[Callable[[Array], Any], Callable[[Array], Any]]] = {
 @pytest.mark.parametrize("place", PLACES)
 def test_a_cast_is_left_out_wherever_it_stands(place: str) -> None:
     casting, without = PLACES[place]
-    total = lambda function: jax.value_and_grad(lambda x: jnp.sum(function(x) * 1.7))
+    total = lambda function: jax.value_and_grad(lambda x: jnp.sum(function(x).astype(x.dtype) * 1.7))
     with jax.enable_x64(True):
         x = jnp.asarray(np.random.default_rng(0).normal(size=(6, 8)))
         found, want = (jax.jit(f)(x) for f in (widely(total(casting)), total(without)))
@@ -231,6 +370,15 @@ def test_a_cast_is_left_out_wherever_it_stands(place: str) -> None:
         max(float(np.max(np.abs(np.asarray(a) - np.asarray(b)))) for a, b in zip(rounded, want, strict=True))
         > 1e-5
     )
+
+
+def test_a_narrower_complex_type_is_a_cast() -> None:
+    with jax.enable_x64(True):
+        z = jnp.ones(4, complex)
+        cast = jax.make_jaxpr(lambda z: z.astype(jnp.complex64))(z)
+        assert narrowed(cast.jaxpr) == {"complex64"}
+        assert narrowed(jax.make_jaxpr(lambda z: z.astype(complex) * 2)(z).jaxpr) == frozenset()
+    assert unit("complex64") == unit("float32")
 
 
 def test_what_is_narrow_from_the_start_is_not_widened() -> None:

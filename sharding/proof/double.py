@@ -23,7 +23,7 @@ from sharding.ledger import subjaxprs
 M = TypeVar("M")
 
 ROUNDS = ("convert_element_type", "reduce_precision")
-"""Primitives that do nothing but give a floating value another type, or as many bits as one."""
+"""Primitives that do nothing but give a floating or complex value another type, or as many bits as one."""
 CALLS = (
     "pjit",
     "jit",
@@ -41,7 +41,9 @@ AS_WRITTEN = ("bitcast_convert_type", "pallas_call", "ffi_call", "pure_callback"
 
 
 def widened(dtype: Any) -> Any:
-    """float64 for a floating dtype, any other (of random keys too) as it is."""
+    """float64 for a floating dtype, complex128 for a complex one, any other (of random keys too) as it is."""
+    if jnp.issubdtype(dtype, jnp.complexfloating):
+        return np.dtype(np.complex128)
     return np.dtype(np.float64) if jnp.issubdtype(dtype, jnp.floating) else dtype
 
 
@@ -58,13 +60,17 @@ def doubled(model: M) -> M:
     return model
 
 
-def widely(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function without its own casts to narrower types: what follows one stays in float64. To be called where float64 is
-    enabled; all floating results are float64. What is narrower from the start (made of integers) stays as it is.
+def widely(function: Callable[..., Any], *types: Any) -> Callable[..., Any]:
+    """The function without its own casts to narrower types: what follows one stays in float64 (complex128 of complex numbers).
+    To be called where float64 is enabled; all floating results are float64. What is narrower from the start (made of integers)
+    stays as it is.
+
+    types: arguments whose shapes and types the function is traced at, where those that it is run with are wider: its own code
+    may only fit the types it was written for. None: it is traced at what it is run with.
     """
 
     def run(*given: Any) -> Any:
-        closed, made = jax.make_jaxpr(function, return_shape=True)(*given)
+        closed, made = jax.make_jaxpr(function, return_shape=True)(*(types or given))
         values = _run(closed.jaxpr, closed.consts, jax.tree.leaves(given))
         return jax.tree.unflatten(jax.tree.structure(made), [_widen(x) for x in values])
 
@@ -72,12 +78,12 @@ def widely(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def narrowed(jaxpr: Jaxpr) -> frozenset[str]:
-    """The floating dtypes that a jaxpr itself goes to from finer ones, inner bodies included."""
+    """The floating and complex dtypes that a jaxpr itself goes to from finer ones, inner bodies included."""
     return frozenset(to for eqn in jaxpr.eqns for to in _narrowing(eqn))
 
 
 def unit(dtype: Any) -> float:
-    """The unit roundoff of a floating dtype."""
+    """The unit roundoff of a floating dtype, or of the parts of a complex one."""
     return float(jnp.finfo(dtype).eps) / 2
 
 
@@ -91,7 +97,7 @@ def _narrowing(eqn: Any) -> Iterator[str]:
     elif eqn.primitive.name in ROUNDS or eqn.params.get("preferred_element_type") is not None:
         to = eqn.outvars[0].aval.dtype
         among = [v.aval.dtype for v in (*eqn.invars, *eqn.outvars)]
-        if all(jnp.issubdtype(x, jnp.floating) for x in among) and unit(to) > min(map(unit, among)):
+        if all(jnp.issubdtype(x, jnp.inexact) for x in among) and unit(to) > min(map(unit, among)):
             yield str(to)
 
 
@@ -118,7 +124,7 @@ def _made(eqn: Any, given: list[Any]) -> Sequence[Any]:
         given = [x.astype(v.aval.dtype) if not isinstance(v, Literal) else x for x, v in pairs]
     elif wide or any(_narrowing(eqn)):
         given = [_widen(x) for x in given]
-        if name in ROUNDS and _floats(given[0]) and jnp.issubdtype(eqn.outvars[0].aval.dtype, jnp.floating):
+        if name in ROUNDS and given[0].dtype == widened(eqn.outvars[0].aval.dtype):
             return given
         params = {k: _parameter(k, v) for k, v in params.items()}
     out = eqn.primitive.bind(*given, **params)
@@ -127,14 +133,15 @@ def _made(eqn: Any, given: list[Any]) -> Sequence[Any]:
 
 def _parameter(name: str, value: Any) -> Any:
     """An equation's parameter, for widened operands."""
-    if isinstance(value, (tuple, list)) and not hasattr(value, "_fields"):
-        return type(value)(_parameter(name, x) for x in value)
+    if isinstance(value, (jax.lax.DotAlgorithm, jax.lax.DotAlgorithmPreset)):
+        return None  # it names the types of its operands
+    if isinstance(value, (tuple, list)):
+        made = [_parameter(name, x) for x in value]
+        return type(value)(*made) if hasattr(value, "_fields") else type(value)(made)
     if isinstance(value, ClosedJaxpr):
         return _body(value)
     if isinstance(value, Jaxpr):
         return _body(ClosedJaxpr(value, ())).jaxpr
-    if isinstance(value, (jax.lax.DotAlgorithm, jax.lax.DotAlgorithmPreset)):
-        return None  # it names the types of its operands
     return widened(value) if isinstance(value, np.dtype) else value
 
 
@@ -144,10 +151,7 @@ def _body(closed: ClosedJaxpr) -> ClosedJaxpr:
     return jax.make_jaxpr(run)(*shapes)
 
 
-def _floats(x: Any) -> bool:
-    return jnp.issubdtype(x.dtype if hasattr(x, "dtype") else jnp.result_type(x), jnp.floating)
-
-
 def _widen(x: Any) -> Any:
-    """A value, in float64 if it is floating."""
-    return jnp.asarray(x, jnp.float64) if _floats(x) else x
+    """A value, in float64 if it is floating, in complex128 if it is complex."""
+    dtype = x.dtype if hasattr(x, "dtype") else jnp.result_type(x)
+    return jnp.asarray(x, widened(dtype)) if jnp.issubdtype(dtype, jnp.inexact) else x

@@ -65,7 +65,7 @@ class Ready:
     """
 
     def __init__(self, step: TrainStep, rows: int, double: bool = False, wide: bool = False):
-        self.step, self.double = step, double
+        self.step, self.double, self.wide = step, double, wide
         put = {
             k: jax.ShapeDtypeStruct(
                 x.shape, widened(x.dtype) if double else x.dtype, sharding=step.batch_shardings()[k]
@@ -78,7 +78,9 @@ class Ready:
             self.state = jax.tree.map(grown, held) if wide else held
             lies = (step.state_shardings(), None, None)
             made = jax.jit(
-                widely(step.updated) if wide else step.updated, donate_argnums=0, out_shardings=lies
+                widely(step.updated, held, put) if wide else step.updated,
+                donate_argnums=0,
+                out_shardings=lies,
             )
             try:
                 traced = made.trace(self.state, put)
