@@ -20,6 +20,13 @@ from sharding.rules.fsdp import fsdp
 from sharding.rules.tensor import tensor
 
 
+def budget() -> tuple[Most, ...]:
+    """Four all-reduces a layer over tensor (Shoeybi et al. 2019) and five of the embedding and the loss; one of the gradients'
+    norm. `shardlab plan` and a test hold the step to it.
+    """
+    return (Most(over="tensor", kind="all-reduce", times=4 * 4 + 5 + 1),)
+
+
 def config() -> Experiment:
     """The experiment."""
     return Experiment(
@@ -40,10 +47,3 @@ def config() -> Experiment:
         checkpoints=Checkpoints(every=40, keep=2),
         sample=Sample(prompt="def ", tokens=200, temperature=0.7),
     )
-
-
-def budget() -> tuple[Most, ...]:
-    """Four all-reduces a layer over tensor (Shoeybi et al. 2019) and five of the embedding and the loss; one of the gradients'
-    norm. `shardlab plan` and a test hold the step to it.
-    """
-    return (Most(over="tensor", kind="all-reduce", times=4 * 4 + 5 + 1),)

@@ -251,7 +251,7 @@ def test_the_tpu_compiler_is_waited_for(tmp_path: Path, monkeypatch: pytest.Monk
 def test_libtpus_own_lock_held_by_another_program_stops_nothing(tmp_path: Path) -> None:
     need("tpu:v5e:2x2")
     hold = (
-        "import fcntl, time\nf = open('/tmp/libtpu_lockfile', 'a')\nfcntl.lockf(f, fcntl.LOCK_EX)\n"
+        f"import fcntl, time\nf = open({str(Path(tempfile.gettempdir()) / 'libtpu_lockfile')!r}, 'a')\nfcntl.lockf(f, fcntl.LOCK_EX)\n"
         "print('held', flush=True)\ntime.sleep(300)\n"
     )
     with subprocess.Popen([sys.executable, "-c", hold], stdout=subprocess.PIPE, text=True) as holder:
