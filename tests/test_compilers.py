@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -250,8 +251,9 @@ def test_the_tpu_compiler_is_waited_for(tmp_path: Path, monkeypatch: pytest.Monk
 @pytest.mark.slow
 def test_libtpus_own_lock_held_by_another_program_stops_nothing(tmp_path: Path) -> None:
     need("tpu:v5e:2x2")
+    lock = str(Path(tempfile.gettempdir()) / "libtpu_lockfile")
     hold = (
-        f"import fcntl, time\nf = open({str(Path(tempfile.gettempdir()) / 'libtpu_lockfile')!r}, 'a')\nfcntl.lockf(f, fcntl.LOCK_EX)\n"
+        f"import fcntl, time\nf = open({lock!r}, 'a')\nfcntl.lockf(f, fcntl.LOCK_EX)\n"
         "print('held', flush=True)\ntime.sleep(300)\n"
     )
     with subprocess.Popen([sys.executable, "-c", hold], stdout=subprocess.PIPE, text=True) as holder:
