@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from sharding.ledger import Collective
@@ -94,7 +94,8 @@ def differences(
 def unpredicted(compiled: Iterable[Collective]) -> list[Difference]:
     """Every collective of a module of XLA's partitioner, whose trace holds none, by axes, kind and source line."""
     found = _Found(by_source=True)
-    for c in _items(compiled):
+    # where there is no line it is an argument of the step, told by its path
+    for c in _items(replace(c, source=c.source or c.op) for c in compiled):
         found.note(UNPREDICTED, [], [(c, c.left)])
     return found.made()
 
