@@ -102,6 +102,14 @@ def load_with(path: str, layers: int) -> Any:
     return apply(load(path), ("--model.layers", str(layers)))
 
 
+def test_a_page_is_written_into_a_folder_that_is_not_there_yet(tmp_path: Path) -> None:
+    page = tmp_path / "pages" / "plan.html"
+    changed = ["--against", "--mesh.fsdp 4 --mesh.data 1"]
+    for words in ([], changed):
+        assert shardlab("plan", *QUICK, "--target", "cpu:8", "--compile", "none", "--html", page, *words) == 0
+        assert page.read_text().startswith("<!doctype html>")
+
+
 @pytest.mark.parametrize(
     ("words", "says"),
     [
@@ -110,7 +118,10 @@ def load_with(path: str, layers: int) -> Any:
         (["--target", "cpu:8", "--mesh.tensor", "8"], "Change one axis"),
         (["--target", "gpu:h100:16"], "2x8"),
         (["--target", "cpu:8", "--html", "/proc/none/x.html"], "--html"),
-        (["--target", "cpu:8", "--against", "--mesh.fsdp 8 --mesh.data 1", "--compile", "none"], "fsdp"),
+        (
+            ["--target", "cpu:8", "--against", "--mesh.fsdp 8 --mesh.data 1", "--compile", "none"],
+            "16 devices, but there are 8",
+        ),
     ],
 )
 def test_bad_input_is_one_paragraph(words: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -47,6 +47,7 @@ class Flags:
 
 def main(argv: list[str]) -> int:
     """Print the plan, or how two plans differ; 0, also where the step does not fit; 1 where it exceeds the config's budget."""
+    argv = _joined(argv)
     second = argv[1] if len(argv) > 1 and not argv[1].startswith("-") else ""
     rest = argv[2:] if second else argv[1:]
     experiment, flags, origin = cli.read([*argv[:1], *rest], Flags)
@@ -63,12 +64,17 @@ def main(argv: list[str]) -> int:
     from experiments.plans.tables import print_plan
 
     write_json(flags.json, made.to_json())
-    if flags.html:
-        flags.html.write_text(page(made), encoding="utf-8")
+    _write(flags.html, page(made))
     print_plan(made)
     for said in made.over_budget:
         print(f"over budget: {said}")
     return 1 if made.over_budget else 0
+
+
+def _joined(argv: list[str]) -> list[str]:
+    """`--against WORDS` in one word: what it changes begins with -- and would be read as a flag."""
+    at = argv.index("--against") if "--against" in argv[:-1] else -1
+    return argv if at < 0 else [*argv[:at], f"--against={argv[at + 1]}", *argv[at + 2 :]]
 
 
 def _plan(origin: Origin, experiment: Experiment, flags: Flags, target: str) -> Plan:
@@ -108,10 +114,15 @@ def _compared(first: Plan, second: Plan, flags: Flags) -> int:
 
     told = difference(first, second)
     write_json(flags.json, told.to_json())
-    if flags.html:
-        flags.html.write_text(difference_page(told), encoding="utf-8")
+    _write(flags.html, difference_page(told))
     print_difference(told)
     return 0
+
+
+def _write(path: Path | None, text: str) -> None:
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
 
 
 def _tell(text: str) -> None:
