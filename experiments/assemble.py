@@ -55,6 +55,13 @@ def look(experiment: Experiment, step: TrainStep) -> Traced:
         raise InputError(str(error).replace(f"{ROOT}/", "")) from error
 
 
+def near(source: str) -> str:
+    """A file, or file:line, with the file as seen from the repository."""
+    file, mark, line = source.rpartition(":") if ":" in source else (source, "", "")
+    path = Path(file)
+    return f"{path.relative_to(ROOT) if path.is_relative_to(ROOT) else path}{mark}{line}" if file else ""
+
+
 def untouched(make: Callable[[], T]) -> T:
     """`make()` inside a trace, where no operation runs and so no backend of jax is started."""
     import jax

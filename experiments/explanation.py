@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from experiments.assemble import ROOT, look, train_step, untouched
+from experiments.assemble import ROOT, look, near, train_step, untouched
 from experiments.config import Experiment
 from experiments.pictured import Ordered, inside_attention, orders
 from sharding.finding import Finding, Limits
@@ -139,7 +138,7 @@ def explain_step(
         mesh={a: n for a, n in sizes.items() if n > 1},
         devices=math.prod(sizes.values()),
         rules=repr(experiment.rules),
-        chain=tuple((r.call, _short(r.source)) for r in experiment.rules.chain),
+        chain=tuple((r.call, near(r.source)) for r in experiment.rules.chain),
         partitioner=repr(experiment.partitioner),
         parameters=sum(s.size for s in step.tree.values()),
         lines=tuple(lines),
@@ -180,12 +179,12 @@ def _traffic(seen: Traced, step: TrainStep) -> tuple[tuple[dict[str, Any], ...],
     )
     placed, by = rules_of(step.split.layouts), {}
     for c in found:
-        key = (_short(c.source), c.op, c.axes, c.kind)
+        key = (near(c.source), c.op, c.axes, c.kind)
         count, sent = by.get(key, (0, 0))
         by[key] = (count + c.times, sent + c.bytes)
     rows = (
         {"source": source, "op": op, "axes": axes, "kind": kind, "per_step": count, "bytes_sent_per_device": sent,
-         "rules": tuple(dict.fromkeys(f"{call} {_short(at)}" for a in axes for call, at in placed[a]))}
+         "rules": tuple(dict.fromkeys(f"{call} {near(at)}" for a in axes for call, at in placed[a]))}
         for (source, op, axes, kind), (count, sent) in by.items()
     )  # fmt: skip
     return totals, tuple(sorted(rows, key=lambda row: -row["bytes_sent_per_device"]))
@@ -233,14 +232,14 @@ def _activations(taps: tuple[Tap, ...], step: TrainStep) -> list[Line]:
     layouts, sizes = step.split.layouts, {n: s for t in taps for n, s in zip(t.names, t.shape, strict=True)}
     made = [
         _line("activation", "activation", t.op, t.shape, t.dtype, layouts.activation(t.names), step,
-              source=_short(t.source))
+              source=near(t.source))
         for t in once.values()
     ]  # fmt: skip
     attention = next((t for t in taps if t.op == "attention"), None)
     if attention is not None:
         made += [
             _line("inside", "activation", attention.op, shape, attention.dtype, layouts.activation(names), step,
-                  source=_short(attention.source))
+                  source=near(attention.source))
             for names, shape in inside_attention(tuple(layouts.asked), sizes)
         ]  # fmt: skip
     return made
@@ -255,7 +254,7 @@ def _line(
 
     layouts = step.split.layouts
     local = jnp.dtype(dtype).itemsize * math.prod(local_shape(shape, lies.dims, layouts.sizes))
-    placed = tuple(Placed(r.name, r.axis, r.size, r.rule, _short(r.source)) for r in lies.reasons)
+    placed = tuple(Placed(r.name, r.axis, r.size, r.rule, near(r.source)) for r in lies.reasons)
     return Line(
         kind, path, role, tuple(shape), dtype, lies.names, lies.dims, lies.text(), local * more.get("copies", 1),
         placed, _whole(lies, role, layouts.rules), lies.declined, **more,
@@ -276,9 +275,3 @@ def _whole(lies: Layout, role: str, rules: Rules) -> str:
     asked = [r.call for r in rules.chain if any(searches(getattr(r, x)) for x in roles)]
     searched = f", and {' and '.join(asked)} found no dim that divides" if asked else ""
     return f"no rule names {' or '.join(dict.fromkeys(lies.names))}{searched}"
-
-
-def _short(source: str) -> str:
-    file, _, line = source.rpartition(":")
-    path = Path(file)
-    return f"{path.relative_to(ROOT) if path.is_relative_to(ROOT) else path}:{line}" if file else ""

@@ -52,3 +52,8 @@ class Auto:
 
 
 Partitioner = Manual | Auto
+
+
+def called(by: Partitioner) -> Literal["manual", "auto"]:
+    """The word for a partitioner in commands and figures."""
+    return "manual" if isinstance(by, Manual) else "auto"

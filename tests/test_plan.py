@@ -9,9 +9,13 @@ from typing import Any
 import pytest
 
 from experiments.budget import budget_of
+from experiments.compilers.ask import Refusal
 from experiments.config import load
 from experiments.config_file import execute
 from experiments.plans.estimate import estimate
+from experiments.plans.planned import Made
+from experiments.plans.planning import verdict
+from experiments.run_config import Origin
 from sharding.price.target import parse_target
 from tests import small
 from tests.small import shardlab
@@ -41,6 +45,22 @@ def test_predicted_is_compiled_and_both_partitioners_stand_side_by_side(tmp_path
     assert told["verdict"]["by"] == "compiled"
     assert told["verdict"]["needs"] == manual["memory"]["total"]
     assert sorted(told["lies"]) == list(range(8))
+
+
+def test_the_verdict_is_that_of_the_configs_own_partitioner(tmp_path: Path) -> None:
+    told = planned(tmp_path, *QUICK, "--target", "cpu:8", "--partitioner", "auto", code=1)  # above its budget
+    needs = {m["partitioner"]: m["memory"]["total"] for m in told["made"]}
+    assert needs["auto"] != needs["manual"]
+    assert told["verdict"]["needs"] == needs["auto"]
+
+
+def test_a_step_that_the_compiler_refused_does_not_fit_by_prediction() -> None:
+    refused = Made("manual", (), (), None, Refusal("RESOURCE_EXHAUSTED: too much"), {}, {})
+    here, target = load(ROOT / "configs" / "quickstart.py"), parse_target("tpu:v5e:2x4")
+    small = estimate(here, target).predicted.memory
+    told = verdict(small, refused, Origin(Path(QUICK[0])), here, target, lambda text: None)
+    assert told.fits is False
+    assert "too much" in told.says
 
 
 def test_each_collective_has_its_op_layers_and_rule(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from experiments.config import Experiment
 from sharding.errors import InputError
-from sharding.partitioner import Auto, Manual
+from sharding.partitioner import Auto, Manual, called
 
 if TYPE_CHECKING:
     from sharding.price.target import Target
@@ -72,7 +72,7 @@ def compiled(job: Mapping[str, Any], say: Say) -> dict[str, Any]:
     began = time.monotonic()
     facts, refused = compile_traced(traced, step, target)
     took["compile"] = time.monotonic() - began
-    by = "manual" if isinstance(experiment.partitioner, Manual) else "auto"
+    by = called(experiment.partitioner)
     return {
         "target": target.text,
         "partitioner": by,

@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from experiments.assemble import ROOT, look, train_step, untouched
+from experiments.assemble import look, near, train_step, untouched
 from experiments.budget import budget_of, exceeded
 from experiments.compilers.ask import Compiled, compile_for, missing
 from experiments.config import Experiment
@@ -19,10 +19,11 @@ from experiments.explanation import explain_step
 from experiments.plans.estimate import on_target, priced, step_for
 from experiments.plans.planned import Made, Moved, Plan, Verdict, summed, totals_of
 from experiments.plans.remedies import changes
+from experiments.plans.words import percent
 from experiments.run_config import Origin
 from sharding.errors import InputError
 from sharding.finding import Limits, human
-from sharding.partitioner import Auto
+from sharding.partitioner import Auto, called
 
 if TYPE_CHECKING:
     from sharding.check import Traced
@@ -70,13 +71,15 @@ def plan_for(
     for partitioner in () if lacks else wanted:
         if partitioner == "manual" and predicted is None:
             continue
-        tell(f"{partitioner}: ")
         made.append(_made(compile_for(origin.path, origin.overrides, target, partitioner, tell)))
+    own = next(
+        (m for m in made if m.partitioner == called(experiment.partitioner)), made[0] if made else None
+    )
     order = {device.id: at for at, device in enumerate(stand_ins(target))}
     memory = predicted.memory if predicted else None
     moved = _moved(predicted, step) if predicted else ()
     return Plan(
-        config=_near(str(origin.path)),
+        config=near(str(origin.path)),
         target=target.text,
         devices=target.describe(),
         islands=target.islands,
@@ -86,8 +89,8 @@ def plan_for(
         memory=memory,
         modelled=priced(predicted, here, target) if predicted else None,
         made=tuple(made),
-        verdict=verdict(memory, made, origin, here, target, tell),
-        over_budget=_over(origin.path, moved, made),
+        verdict=verdict(memory, own, origin, here, target, tell),
+        over_budget=_over(origin.path, moved, own),
         missing=tuple(lacking),
     )
 
@@ -112,12 +115,12 @@ def _moved(predicted: Prediction, step: TrainStep) -> tuple[Moved, ...]:
     placed, rows = rules_of(step.split.layouts), {}
     for c in predicted.collectives:
         s = c.scope
-        key = (c.axes, c.kind, c.op, s.names, s.phase, s.layers, _near(c.source))
+        key = (c.axes, c.kind, c.op, s.names, s.phase, s.layers, near(c.source))
         rows.setdefault(key, []).append(c)
     found = (
         Moved(
             *key,
-            rules=tuple(dict.fromkeys(f"{call} {_near(at)}" for a in key[0] for call, at in placed[a])),
+            rules=tuple(dict.fromkeys(f"{call} {near(at)}" for a in key[0] for call, at in placed[a])),
             dtypes=tuple(dict.fromkeys(c.dtype for c in each)),
             times=sum(c.times for c in each),
             payload=sum(c.payload for c in each),
@@ -133,7 +136,7 @@ def _made(found: Compiled) -> Made:
     return Made(
         found.partitioner,
         totals_of(found.collectives),
-        tuple(replace(d, source=_near(d.source)) for d in found.differences()),
+        tuple(replace(d, source=near(d.source)) for d in found.differences()),
         found.memory,
         found.refused,
         found.seconds,
@@ -141,51 +144,47 @@ def _made(found: Compiled) -> Made:
     )
 
 
-def _over(path: Path, moved: tuple[Moved, ...], made: Sequence[Made]) -> tuple[str, ...]:
+def _over(path: Path, moved: tuple[Moved, ...], own: Made | None) -> tuple[str, ...]:
     """Where the config's budget is exceeded: by what is predicted, and by what its own partitioner compiled to."""
     budget = budget_of(path)
     told = exceeded(budget, summed(moved), "predicted")
-    for one in made[:1]:
-        told += exceeded(budget, one.totals, f"compiled ({one.partitioner})")
-    return told
+    return told + (exceeded(budget, own.totals, f"compiled ({own.partitioner})") if own else ())
 
 
 def verdict(
     memory: Footprint | None,
-    made: Sequence[Made],
+    own: Made | None,
     origin: Origin,
     here: Experiment,
     target: Target,
     tell: Tell,
 ) -> Verdict:
-    """Whether the step fits a device: by the compiler's word where there is one, and what would make it fit."""
+    """Whether the step fits a device, and what would make it fit: by the compiler's word where there is one, of `own`, the step
+    under the config's partitioner.
+    """
     capacity, machine = target.machine.memory, target.machine.device_kind
-    own = next((m for m in made if m.partitioner == "manual"), made[0] if made else None)
-    refused = own.refused if own and own.refused and own.refused.capacity else None
+    refused = own.refused if own else None
     if own and own.memory:
         needs, by = own.memory.total, "compiled"
     elif refused:
-        needs, by, capacity = refused.used, "compiled", refused.capacity
+        needs, by, capacity = refused.used, "compiled", refused.capacity or capacity
     else:
         needs, by = (memory.total if memory else None), "predicted"
+    if refused and (needs is None or capacity is None):
+        says = f"The compiler refused the step without telling its bytes: {refused.message}"
+        return Verdict(None, by, capacity, False, says, ())
     if needs is None:
         return Verdict(None, by, capacity, None, "Nobody knows what the step needs: see what is missing.", ())
     if capacity is None:
         says = f"The step needs {human(needs)} on each device ({by}); {machine} devices have no memory of their own."
         return Verdict(needs, by, None, None, says, ())
     fits = needs <= capacity and not refused
-    share = f"{human(needs)} of {human(capacity)} on each device ({by}, {100 * needs / capacity:.2g} %)"
+    share = f"{human(needs)} of {human(capacity)} on each device ({by}, {percent(needs / capacity)})"
     if fits:
         return Verdict(needs, by, capacity, True, f"It fits: {share}.", ())
     tell("looking for what would make it fit")
     found = changes(origin, here, target, capacity)
-    says = f"It does not fit: {share}." + ("" if found else " No single change of those tried makes it fit.")
+    says = f"It does not fit: {share}." + (
+        "" if found else " None of the changes tried, alone or in pairs, makes it fit."
+    )
     return Verdict(needs, by, capacity, False, says, found)
-
-
-def _near(source: str) -> str:
-    """A file as seen from the repository."""
-    file, _, line = source.rpartition(":") if ":" in source else (source, "", "")
-    path = Path(file)
-    short = path.relative_to(ROOT) if path.is_absolute() and path.is_relative_to(ROOT) else path
-    return f"{short}:{line}" if line else str(short) if file else ""
