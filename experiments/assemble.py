@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from experiments.config import Experiment
 from experiments.data.contract import Dataset
+from experiments.schedules.named import grid_of, written
 from sharding.axes import AXES, MeshShape
 from sharding.errors import InputError
 from sharding.partitioner import Auto, Partitioner
+from sharding.rule import Rules
 
 if TYPE_CHECKING:
     from sharding.check import Traced
+    from sharding.params import ParamSpec
     from sharding.step import TrainStep
 
 T = TypeVar("T")
@@ -84,13 +87,42 @@ def _step(
     from sharding.step import Split, TrainStep
 
     model = experiment.model.build() if model is None else model
-    layouts = Layouts(experiment.rules, shape.sizes())
+    tree = declare(model)
+    layouts = Layouts(rules_on(experiment, tree, shape.sizes()), shape.sizes())
     memory: Any = getattr(experiment.optimizer, "memory", "device")  # an optimizer need not know of another
-    split = Split(layouts, mesh, by, experiment.accumulate, platform, memory)
-    optimizer = experiment.optimizer.build(experiment.steps, matrices(declare(model)))
+    split = Split(layouts, mesh, by, experiment.accumulate, platform, memory, experiment.pipeline)
+    optimizer = experiment.optimizer.build(experiment.steps, matrices(tree))
     made = TrainStep(model, optimizer, split, clip=experiment.optimizer.largest_norm())
     check_batch(experiment, made)
     return made
+
+
+def rules_on(experiment: Experiment, tree: Mapping[str, ParamSpec], sizes: Mapping[str, int]) -> Rules:
+    """The rules of an experiment on a mesh of these sizes: the config's own, and with a pipeline `stages()`, unless they
+    have it already: in the order that the schedule asks for.
+
+    Raises InputError for stages without a schedule, and for a schedule that does not fit them.
+    """
+    from sharding.pipeline.check import require_sound
+    from sharding.pipeline.grid import Place
+    from sharding.rules.stages import stages
+
+    own = any(r.call.startswith("stages(") for r in experiment.rules.chain)
+    if experiment.pipeline is None:
+        if own and sizes["stage"] > 1:
+            raise InputError(
+                f"The rules {experiment.rules!r} lay the layers on {sizes['stage']} stages, but pipeline is none, so nothing says who "
+                f"does what when. Set pipeline to a schedule, such as '1f1b(microbatches=8)', or mesh axis stage to 1."
+            )
+        return experiment.rules
+    grid = grid_of(experiment.pipeline, sizes["stage"])
+    require_sound(grid, written(experiment.pipeline))
+    if own or sizes["stage"] == 1:
+        return experiment.rules
+    depths = {spec.shape[0] for spec in tree.values() if spec.names[:1] == ("layers",)}
+    alike = all(depth % sizes["stage"] == 0 for depth in depths)
+    in_order = grid.path == tuple(Place(s) for s in range(sizes["stage"]))
+    return experiment.rules | (stages() if alike and in_order else stages(order="spread"))
 
 
 def check_batch(experiment: Experiment, step: TrainStep) -> None:
@@ -100,11 +132,13 @@ def check_batch(experiment: Experiment, step: TrainStep) -> None:
         for name, n, axes in zip(layout.names, shape, layout.dims, strict=True):
             parts = math.prod(step.split.layouts.sizes[a] for a in axes)
             over = " x ".join(f"{a}={step.split.layouts.sizes[a]}" for a in axes) or "nothing"
-            if name == "batch" and n % (parts * experiment.accumulate):
+            many = step.split.micro_batches
+            if name == "batch" and n % (parts * many):
+                of = f" (accumulate {experiment.accumulate} x pipeline {many // experiment.accumulate})"
                 raise InputError(
                     f"A batch of {n} rows does not divide into {parts} parts (the rules split {entry}'s batch over {over}) "
-                    f"of {experiment.accumulate} micro-batches each. Make batch a multiple of "
-                    f"{parts * experiment.accumulate}."
+                    f"of {many} micro-batches each{of if experiment.pipeline else ''}. Make batch a multiple of "
+                    f"{parts * many}."
                 )
             if n % parts:
                 raise InputError(

@@ -12,16 +12,19 @@ import math
 import re
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path, PurePath
+from types import NoneType
 from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
 from experiments.config_file import LOADED, call, execute
 from experiments.data.contract import Source
-from experiments.field_types import check_types, python_number
+from experiments.field_types import check_types
 from experiments.optimizers import AdamW
 from experiments.record_schema import NOT_FINITE
+from experiments.require import require
 from sharding.axes import MeshShape
 from sharding.errors import InputError
 from sharding.partitioner import Manual, Partitioner
+from sharding.pipeline.grid import Schedule
 from sharding.rule import Rules
 
 
@@ -61,18 +64,6 @@ MOST_SEEDS = 2**32
 
 MOST_STEPS = 2**31 - 2
 """Steps a run can have: the optimizer and its schedule count them, and the one after them, in int32."""
-
-
-def require(
-    owner: str, name: str, value: object, least: int, meaning: str, most: float = math.inf, reason: str = ""
-) -> None:
-    """Refuse, with `InputError`, a value that is not a whole number from `least` to `most`; `reason`: why no more."""
-    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
-        bounds = f"at least {least}" + ("" if most == math.inf else f" and at most {most}{reason}")
-        raise InputError(
-            f"{owner}{name} is {value!r}, but {meaning} is a whole number of {bounds}. "
-            f"{python_number(value, int) or f'Change {owner}{name}.'}"
-        )
 
 
 @dataclass(frozen=True)
@@ -167,12 +158,14 @@ class Experiment:
     partitioner: Partitioner = Manual()
     """Who turns layouts into collectives: "manual" (named ops in one manual region) or "auto" (XLA's partitioner);
     options as in "manual(gathered='keep')"."""
+    pipeline: Schedule | None = None
+    """How micro-batches go through stages of layers: a schedule of sharding/schedules/ on the mesh axis `stage`."""
     devices: Devices = Devices()
     """Devices that the mesh is laid over."""
     optimizer: Optimizer = AdamW()
     """The optimizer and its schedule."""
     accumulate: int = 1
-    """Micro-batches whose gradients are summed before one optimizer step; divides `batch`."""
+    """Times that the model, or the pipeline, runs before one optimizer step, its gradients summed; divides `batch`."""
     seed: int = 0
     """Decides the initial parameters, the order of rows and the sample."""
     log_every: int = 10
@@ -205,6 +198,10 @@ class Experiment:
         require("", "accumulate", self.accumulate, 1, "the micro-batches of one step")
         require("", "seed", self.seed, 0, "the seed", MOST_SEEDS - 1, " (jax's random key takes 32 bits)")
         require("", "log_every", self.log_every, 1, "the steps between log lines")
+        if self.pipeline is not None:
+            require(
+                "pipeline.", "microbatches", self.pipeline.microbatches, 1, "the micro-batches of a pipeline"
+            )
         if self.batch % self.accumulate:
             raise InputError(
                 f"A batch of {self.batch} rows does not divide into accumulate = {self.accumulate} micro-batches: "
@@ -218,6 +215,7 @@ PARTS: dict[str, tuple[type, ...]] = {
     "rules": (Rules,),
     "mesh": (MeshShape,),
     "partitioner": get_args(Partitioner),
+    "pipeline": (Schedule, NoneType),
     "devices": (Devices,),
     "optimizer": (Optimizer,),
     "evaluate": (Evaluate,),

@@ -129,7 +129,7 @@ def explain_step(
     from sharding.check import findings
     from sharding.ledger import flops
 
-    sizes = step.split.layouts.sizes
+    layouts, sizes = step.split.layouts, step.split.layouts.sizes
     seen = seen or look(experiment, step)
     lines = [*_parameters(step, seen.state), *_inputs(step, seen.batch), *_activations(seen.taps, step)]
     totals, sources = _traffic(seen, step)
@@ -137,8 +137,8 @@ def explain_step(
         name=experiment.name,
         mesh={a: n for a, n in sizes.items() if n > 1},
         devices=math.prod(sizes.values()),
-        rules=repr(experiment.rules),
-        chain=tuple((r.call, near(r.source)) for r in experiment.rules.chain),
+        rules=repr(layouts.rules),
+        chain=tuple((r.call, near(r.source)) for r in layouts.rules.chain),
         partitioner=repr(experiment.partitioner),
         parameters=sum(s.size for s in step.tree.values()),
         lines=tuple(lines),

@@ -16,13 +16,16 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
+from types import NoneType
 from typing import Annotated, Any, get_args, get_type_hints
 
 from experiments.config import Experiment
 from experiments.expressions import parse_partitioner, parse_rules, show_partitioner
 from experiments.field_types import words
+from experiments.schedules.named import parse_schedule, show_schedule
 from sharding.errors import InputError
 from sharding.partitioner import Partitioner
+from sharding.pipeline.grid import Schedule
 from sharding.rule import Rules
 
 
@@ -103,7 +106,7 @@ def plain(flag: str) -> str:
 
 
 def _registry(base: Path) -> Any:
-    """How tyro reads and shows the two values that are expressions."""
+    """How tyro reads and shows the values that are expressions."""
     import tyro
 
     registry = tyro.constructors.ConstructorRegistry()
@@ -128,6 +131,9 @@ def _registry(base: Path) -> Any:
             return one(
                 "|".join(k.__name__.lower() for k in kinds), parse_partitioner, show_partitioner, kinds
             )
+        if info.type == Schedule | None:
+            kinds = (Schedule, NoneType)
+            return one("none|SCHEDULE", lambda text: parse_schedule(text, base), show_schedule, kinds)
         return None
 
     return registry

@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
-from experiments.config import Experiment, require
+from experiments.config import Experiment
+from experiments.require import require
 from sharding.axes import MeshShape
 from sharding.errors import InputError
 from sharding.price.target import Target, parse_target

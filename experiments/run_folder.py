@@ -23,6 +23,7 @@ FREE = (
     "mesh",
     "rules",
     "partitioner",
+    "pipeline",
     "devices",
     "accumulate",
     "log_every",

@@ -12,10 +12,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, cast
 
-from experiments.config import Experiment, config_hash, require
+from experiments.config import Experiment, config_hash
 from experiments.config_file import call, execute
 from experiments.field_types import check_types
 from experiments.plan_sweep import PlanSweep
+from experiments.require import require
 from experiments.run_config import Origin, check_recorded, keep
 from sharding.axes import MeshShape
 from sharding.errors import InputError

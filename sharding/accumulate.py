@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from sharding.errors import InputError
-from sharding.relayout import vary
+from sharding.relayout import vary, varying_of
 
 T = TypeVar("T")
 Order = Literal["consecutive", "interleaved"]
@@ -45,8 +45,7 @@ def accumulated(
 
 def zero_like(like: jax.ShapeDtypeStruct) -> Array:
     """Zeros of a shape, dtype and, inside a manual region, of the varying type that a sum over them will have."""
-    kind = like.manual_axis_type
-    return vary(jnp.zeros(like.shape, like.dtype), frozenset() if kind is None else frozenset(kind.varying))
+    return vary(jnp.zeros(like.shape, like.dtype), varying_of(like))
 
 
 def _parts(x: Array, n: int, order: Order) -> Array:

@@ -14,6 +14,7 @@ from sharding.layout import Layout, Layouts, ParamLayouts
 from sharding.marks import HOST, require_host
 from sharding.params import Model, ParamSpec, declare
 from sharding.partitioner import Manual, Partitioner
+from sharding.pipeline.grid import Schedule
 from sharding.signed import rates, signed
 
 State = dict[str, Any]
@@ -33,6 +34,13 @@ class Split:
     moments: Literal["device", "host"] = "device"
     """Where the optimizer's arrays lie between updates: "host" is the memory of the host that a device reads by itself. An
     update brings them to the devices and puts them back. Without a mesh they are on the one device all the same."""
+    schedule: Schedule | None = None
+    """How micro-batches go through the stages of the layers; None: the layers are no pipeline."""
+
+    @property
+    def micro_batches(self) -> int:
+        """In how many parts the rows of a device go through the model in one step."""
+        return self.accumulate * (self.schedule.microbatches if self.schedule else 1)
 
     def target(self) -> str:
         """The platform that the step is for."""

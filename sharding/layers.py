@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax import Array, lax
 from jax.ad_checkpoint import checkpoint_policies
@@ -17,7 +19,7 @@ from sharding.marks import check_words, marks, policy, require_host
 from sharding.params import bind, values
 from sharding.partitioner import Manual
 from sharding.region import current
-from sharding.relayout import drops_gathered, varying
+from sharding.relayout import drops_gathered, vary, varying, varying_of
 from sharding.remat import Remat, parse_remat
 from sharding.scope import in_layers
 
@@ -42,7 +44,9 @@ def layers(
     loop: "scan" compiles one layer, "unroll" all of them, "auto" unrolls few layers on CPU.
     beside: what every layer is given as it is.
     """
-    return _run(block, x, lambda bound, x: bound(x, *beside), x, remat, loop)
+    return _run(
+        Stack(block, lambda bound, x, *beside: bound(x, *beside), parse_remat(remat), loop), x, beside
+    )
 
 
 def layers_and_sums(
@@ -59,35 +63,111 @@ def layers_and_sums(
         region.taps, region.listen = taps, listen
 
     def call(
-        bound: Callable[..., Any], carry: tuple[Array, dict[str, Array]]
+        bound: Callable[..., Any], carry: tuple[Array, dict[str, Array]], *beside: Array
     ) -> tuple[Array, dict[str, Array]]:
         x, sums = bound(carry[0], *beside)
         return x, {name: carry[1][name] + part for name, part in sums.items()}
 
-    return _run(block, (x, {name: zero_like(s) for name, s in alike.items()}), call, x, remat, loop)
+    start = (x, {name: zero_like(s) for name, s in alike.items()})
+    return _run(Stack(block, call, parse_remat(remat), loop), start, beside)
 
 
-def _run(block: nnx.Module, carry: C, call: Callable[[Any, C], C], x: Array, remat: str, loop: Loop) -> C:
-    """`carry` through `call(block, carry)` once a layer; `x` is the activation in it."""
-    kept = parse_remat(remat)
-    stacked = _whole_stack(block, x)
-    depth = next(iter(stacked.values())).shape[0]
+@dataclass(frozen=True)
+class Stack:
+    """A stacked block and how it is run over its layers."""
+
+    block: nnx.Module
+    call: Callable[..., Any]
+    """(the block of one layer, what goes through, *beside) -> what goes through."""
+    remat: Remat
+    loop: Loop
+
+    @property
+    def depth(self) -> int:
+        """Layers of the whole model."""
+        return next(iter(self.variables().values())).global_shape[0]
+
+    def variables(self) -> dict[str, nnx.Param]:
+        """The stacked parameters, by their path in the block."""
+        flat = nnx.to_flat_state(nnx.state(self.block, nnx.Param))
+        return {".".join(map(str, keys)): variable for keys, variable in flat}
+
+    def over(self) -> tuple[str, ...]:
+        """The axes over which the layers are split in use: each device runs its own."""
+        region = current()
+        if region is None or not region.manual:
+            return ()
+        split = {region.param(variable).compute.dims[0] for variable in self.variables().values()}
+        if len(split) > 1:
+            ways = " and over ".join(" x ".join(axes) or "nothing" for axes in sorted(split))
+            raise InputError(
+                f"The layers of {type(self.block).__name__} are split over {ways}, but all parameters of a layer are used on the "
+                f"same device. Split the dim layers of all of them alike."
+            )
+        return split.pop()
+
+    def run(
+        self, stacked: dict[str, Array], carry: C, beside: tuple[Array, ...], live: Array | None = None
+    ) -> C:
+        """`carry` through some of the layers, one after another: those whose arrays `stacked` holds, by path in the block.
+
+        live: for each of them whether it is a layer at all, or only fills the stack.
+        """
+        stacked = stacked if live is None else {**stacked, LIVE: live}
+        here = next(iter(stacked.values())).shape[0]
+        region = current()
+        cpu = region is None or region.platform == "cpu"
+        scanned = self.loop == "scan" or (self.loop == "auto" and (here > UNROLL_UP_TO or not cpu))
+
+        def layer(carry: C, held: dict[str, Array]) -> C:
+            made = self.call(bind(self.block, held), carry, *beside)
+            on = held.get(LIVE)
+            return made if on is None else jax.tree.map(lambda x, y: jnp.where(on, x, y), made, carry)
+
+        if region is not None and region.listen is not None:
+            return (
+                heard.scanned(region, region.listen, layer, carry, stacked)
+                if scanned
+                else heard.unrolled(region, layer, carry, stacked)
+            )
+        # XLA:CPU drops the barriers that keep two gathers of one array apart: unrolled, it merges them whatever we write.
+        body = _remat(layer, self.remat, self.block, regather=scanned or not cpu)
+        with marks() as made, in_layers(self.depth):
+            carry = _through(body, carry, stacked, scanned)
+        check_words(self.remat, made, type(self.block).__name__)
+        return carry
+
+
+LIVE = ""
+"""The path under which a stack that is not full says of each layer whether it is one."""
+
+
+def _run(stack: Stack, carry: C, beside: tuple[Array, ...]) -> C:
     region = current()
-    cpu = region is None or region.platform == "cpu"
-    scanned = loop == "scan" or (loop == "auto" and (depth > UNROLL_UP_TO or not cpu))
-    layer = lambda carry, held: call(bind(block, held), carry)
-    if region is not None and region.listen is not None:
-        return (
-            heard.scanned(region, region.listen, layer, carry, stacked)
-            if scanned
-            else heard.unrolled(region, layer, carry, stacked)
-        )
-    # XLA:CPU drops the barriers that keep two gathers of one array apart: unrolled, it merges them whatever we write.
-    body = _remat(layer, kept, block, regather=scanned or not cpu)
-    with marks() as made, in_layers(depth):
-        carry = _through(body, carry, stacked, scanned)
-    check_words(kept, made, type(block).__name__)
-    return carry
+    if region is not None and region.through is not None:
+        return region.through(stack, carry, beside)
+    axes = stack.over()
+    if axes and (region is None or region.listen is None):
+        return _relayed(stack, carry, beside, axes)
+    return stack.run(_whole_stack(stack.block, jax.tree.leaves(carry)[0]), carry, beside)
+
+
+def _relayed(stack: Stack, carry: C, beside: tuple[Array, ...], axes: tuple[str, ...]) -> C:
+    """Through layers that are split over devices, one device's after another's: each waits for the one before it.
+
+    Every device computes in every turn and all but one in vain, so the time is that of all layers: for evaluation and for
+    writing samples. Training has pipelines (`sharding.pipeline`).
+    """
+    held, index = values(stack.block), lax.axis_index(axes)
+
+    def turn(carry: C, at: Array) -> tuple[C, None]:
+        made = stack.run(held, jax.tree.map(lambda x: vary(x, frozenset(axes)), carry), beside)
+        mine = jax.tree.map(lambda x: jnp.where(index == at, x, jnp.zeros_like(x)), made)
+        return jax.tree.map(lambda x: lax.psum(x, axes), mine), None
+
+    given = jax.eval_shape(lambda carry: turn(carry, jnp.int32(0))[0], carry)
+    start = jax.tree.map(lambda x, like: vary(x, varying_of(like)), carry, given)
+    return lax.scan(turn, start, jnp.arange(lax.axis_size(axes)))[0]
 
 
 def _through(
@@ -110,11 +190,6 @@ def _whole_stack(block: nnx.Module, x: Array) -> dict[str, Array]:
         return stacked
     for keys, variable in nnx.to_flat_state(nnx.state(block, nnx.Param)):
         path, lies = ".".join(map(str, keys)), region.param(variable)
-        if lies.compute.dims[0]:
-            raise InputError(
-                f"{variable.path}: a rule splits {lies.compute.names[0]} over {' x '.join(lies.compute.dims[0])} in use, but "
-                f"every device runs every layer. Split the stack at rest (role param), or another dim."
-            )
         rest = lies.param.dims
         if rest[0]:
             stacked[path] = region.move(stacked[path], rest, ((), *rest[1:]), varying(x) & frozenset(rest[0]))

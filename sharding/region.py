@@ -6,7 +6,7 @@ Without a region the named ops are plain `jax.numpy` on one device; a model is t
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -70,6 +70,10 @@ class Region:
     """Told every named op's result, as a value of the trace that was entered. Nothing is rematerialized then."""
     scope: str = ""
     """Where in the model the trace is, for taps."""
+    through: Callable[..., Any] | None = None
+    """What takes a stack of layers and what is to go through it (`sharding.layers.Stack`), where it is no plain loop."""
+    brought: Mapping[str, ParamLayouts] = field(default_factory=dict)
+    """Layouts of parameters that were brought elsewhere than they lie at rest before they came here, by path."""
     entered: Any = None
     """The trace that was entered, in which alone `listen` hears."""
     _memo: dict[tuple, tuple[Any, Array, Array]] = field(default_factory=dict)
@@ -132,7 +136,8 @@ class Region:
     def param(self, variable: nnx.Param) -> ParamLayouts:
         """Layouts of a parameter as the trace holds it: without the stacked dims that a scan has taken away."""
         shape = variable.global_shape
-        layouts = self.layouts.param(variable.path, variable.names, shape)
+        brought = self.brought.get(variable.path)
+        layouts = brought or self.layouts.param(variable.path, variable.names, shape)
         return layouts.drop(len(shape) - variable.get_value().ndim)
 
 

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import jax
 import numpy as np
 from jax import Array, lax, typeof
+from jax.sharding import ManualAxisType
 
 from sharding.axes import AXES
 from sharding.errors import InputError
@@ -27,6 +29,19 @@ def drops_gathered(primitive: Any, *_: Any, **__: Any) -> bool:
 def varying(x: Array) -> frozenset[str]:
     """The axes over which the value of `x` differs between devices, from its type."""
     return frozenset(typeof(x).manual_axis_type.varying)
+
+
+def varying_of(like: jax.ShapeDtypeStruct) -> frozenset[str]:
+    """The axes over which an array of this type varies."""
+    kind = like.manual_axis_type
+    return frozenset() if kind is None else frozenset(kind.varying)
+
+
+def retyped(like: Any, axes: frozenset[str]) -> Any:
+    """The type of an array like this one that varies over `axes`."""
+    if like.manual_axis_type is None:
+        return like
+    return like.update(manual_axis_type=ManualAxisType(varying=axes))
 
 
 def vary(x: Array, axes: frozenset[str]) -> Array:

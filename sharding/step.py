@@ -19,12 +19,14 @@ from jax import Array, lax
 from jax.sharding import PartitionSpec
 
 from sharding.accumulate import accumulated
+from sharding.errors import InputError
 from sharding.laid import Laid, Split, State
 from sharding.layout import Layout, contribution_axes
 from sharding.ordered import enter as enter_order
 from sharding.ordered import leave as leave_order
 from sharding.params import Model, bind, initial, lay, objective
 from sharding.partitioner import Manual
+from sharding.pipeline.execute import pipelined
 from sharding.region import Listener, Region, current, enter, wide
 from sharding.relayout import finish, relayout, vary, varying
 from sharding.scope import about
@@ -69,9 +71,13 @@ class TrainStep(Laid):
 
         batch = self.abstract_batch(math.prod(self.split.layouts.sizes[a] for a in rows))
         specs = (self._rest_specs(), self._batch_specs(batch))
-        jax.eval_shape(
-            self._manual(look, specs, PartitionSpec()), {p: s.abstract() for p, s in self.tree.items()}, batch
-        )
+        params = {p: s.abstract() for p, s in self.tree.items()}
+        try:
+            jax.eval_shape(self._manual(look, specs, PartitionSpec()), params, batch)
+        except InputError:
+            raise
+        except Exception:
+            return frozenset()
         return along & left
 
     def init(self, seed: int) -> State:
@@ -148,6 +154,17 @@ class TrainStep(Laid):
         sums = bind(self.model, params).loss(dict(batch))
         return objective(sums), sums
 
+    def _sums_and_gradients(
+        self, params: dict[str, Array], batch: Mapping[str, Array]
+    ) -> tuple[dict[str, Array], dict[str, Array]]:
+        """The model's sums over a micro-batch and the gradients of its objective, in the manual region that is entered."""
+        schedule, region = self.split.schedule, current()
+        if schedule is None or region is None:
+            (_, sums), grads = jax.value_and_grad(self._sums, has_aux=True)(params, batch)
+            return sums, grads
+        batch = {k: enter_order(region, x, self.inputs[k].names) for k, x in batch.items()}
+        return pipelined(self.model, region, schedule.grid(self.split.layouts.sizes["stage"]), params, batch)
+
     def contributed(self, params: Mapping[str, Array]) -> dict[str, Array]:
         """Parameters of the manual region typed as varying over the axes that split the tokens: each device's gradient is
         its own contribution then, reduced once a step and not at every use, layer and micro-batch.
@@ -159,7 +176,7 @@ class TrainStep(Laid):
 
         def one(batch):
             with enter(self.region()):
-                (_, sums), grads = jax.value_and_grad(self._sums, has_aux=True)(held, batch)
+                sums, grads = self._sums_and_gradients(held, batch)
             return {p: self._scatter(p, g) for p, g in grads.items()}, sums
 
         grads, sums = accumulated(one, batch, self.split.accumulate, "consecutive")
@@ -184,7 +201,7 @@ class TrainStep(Laid):
             return {p: self._lies(g, self.layouts[p].gradient) for p, g in grads.items()}, sums
 
         order = "consecutive" if self.split.mesh is None else "interleaved"
-        grads, sums = accumulated(one, batch, self.split.accumulate, order)
+        grads, sums = accumulated(one, batch, self.split.micro_batches, order)
         scale, metrics = self._finished(
             sums, jnp.sqrt(sum(jnp.sum(jnp.square(wide(g))) for g in grads.values()))
         )

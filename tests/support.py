@@ -28,6 +28,7 @@ from sharding.ledger import Collective, collectives
 from sharding.mesh import device_mesh
 from sharding.params import bind, declare, param, zeros
 from sharding.partitioner import Auto, Manual, Partitioner
+from sharding.pipeline.grid import Schedule
 from sharding.proof.double import doubled
 from sharding.proof.meshes import axes_of
 from sharding.region import Region, Tap, enter
@@ -107,6 +108,7 @@ def split_mesh(rules: Rules) -> MeshShape:
     """A mesh of up to 8 devices that gives every axis that rules split over more than one device."""
     axes = split_axes(rules)
     sizes = {1: (4,), 2: (2, 4), 3: (2, 2, 2)}.get(len(axes), ())
+    sizes = tuple(min(n, SMALL["layers"]) if a == "stage" else n for a, n in zip(axes, sizes, strict=True))
     return MeshShape.of(*zip(axes, sizes, strict=True))
 
 
@@ -167,13 +169,14 @@ def make_step(
     clip: float = math.inf,
     optimizer: optax.GradientTransformation | None = None,
     model: Any = None,
+    schedule: Schedule | None = None,
 ) -> TrainStep:
     """A step that remembers its gradients, on the first devices; without `mesh`, plain jax.numpy on one device."""
     shape = mesh or MeshShape()
     layouts = Layouts(rules, shape.sizes())
     count = shape.devices
     devices = None if mesh is None else device_mesh(shape, jax.devices()[:count])
-    split = Split(layouts, devices, Auto() if mesh is None else partitioner, accumulate)
+    split = Split(layouts, devices, Auto() if mesh is None else partitioner, accumulate, schedule=schedule)
     built = config.build() if model is None else model
     return TrainStep(built, remembering(optimizer or optax.sgd(0.1)), split, clip)
 
@@ -297,13 +300,15 @@ def in_double(
     rules: Rules,
     mesh: MeshShape,
     partitioner: Partitioner = Manual(),  # noqa: B008 (a frozen value)
+    schedule: Schedule | None = None,
 ) -> tuple[Trained, Trained]:
     """What two updates of a split and of one device give, both in double."""
     params, rows = widened_arrays((initial_params(config), batches(config, 2)))
     wide = dataclasses.replace(config, dtype="float64") if hasattr(config, "dtype") else config
     with jax.enable_x64(True):
-        one = train(make_step(wide, model=doubled(wide.build())), params, rows)
-        many = train(make_step(wide, rules, mesh, partitioner, model=doubled(wide.build())), params, rows)
+        one = train(make_step(wide, model=doubled(wide.build()), schedule=schedule), params, rows)
+        split = make_step(wide, rules, mesh, partitioner, model=doubled(wide.build()), schedule=schedule)
+        many = train(split, params, rows)
     assert all(g.dtype == np.float64 for g in many.gradients[0].values())
     return many, one
 

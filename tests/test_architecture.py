@@ -180,7 +180,9 @@ def _jax_free(root: Path, files: list[Path]) -> list[str]:
     def asked(p: Path) -> bool:
         place = p.as_posix()
         return (
-            place.startswith(("sharding/rules/", "paper_figures/", "experiments/data/"))
+            place.startswith(
+                ("sharding/rules/", "sharding/schedules/", "paper_figures/", "experiments/data/")
+            )
             or (
                 p.parts[0] == "experiments"
                 and len(p.parts) == 2
