@@ -111,8 +111,8 @@ def rules_on(experiment: Experiment, tree: Mapping[str, ParamSpec], sizes: Mappi
     if experiment.pipeline is None:
         if own and sizes["stage"] > 1:
             raise InputError(
-                f"The rules {experiment.rules!r} lay the layers on {sizes['stage']} stages, but pipeline is none, so nothing says who "
-                f"does what when. Set pipeline to a schedule, such as '1f1b(microbatches=8)', or mesh axis stage to 1."
+                f"The rules {experiment.rules!r} lay the layers on {sizes['stage']} stages, but pipeline is none, so nothing "
+                f"says who does what when. Set pipeline to a schedule, such as '1f1b(microbatches=8)', or mesh axis stage to 1."
             )
         return experiment.rules
     grid = grid_of(experiment.pipeline, sizes["stage"])

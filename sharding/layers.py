@@ -101,8 +101,8 @@ class Stack:
         if len(split) > 1:
             ways = " and over ".join(" x ".join(axes) or "nothing" for axes in sorted(split))
             raise InputError(
-                f"The layers of {type(self.block).__name__} are split over {ways}, but all parameters of a layer are used on the "
-                f"same device. Split the dim layers of all of them alike."
+                f"The layers of {type(self.block).__name__} are split over {ways}, but all parameters of a layer are used "
+                f"on the same device. Split the dim layers of all of them alike."
             )
         return split.pop()
 

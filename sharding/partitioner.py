@@ -17,10 +17,12 @@ class Manual:
     What is traced is what runs: the jaxpr lists every collective with its axis, bytes and source line.
     """
 
-    gathered: Literal["regather", "keep"] = "regather"
+    gathered: Literal["auto", "regather", "keep"] = "auto"
     """What becomes of a parameter gathered for its use in the forward pass: "regather" drops it and gathers again in
     the backward pass (ZeRO-3's 3P of traffic, least memory), "keep" holds it until then (2P, memory of the whole
-    gathered parameters). Layers unrolled on CPU always keep: XLA:CPU merges the two gathers."""
+    gathered parameters). Layers unrolled on CPU always keep: XLA:CPU merges the two gathers. In a pipeline "keep" gathers
+    once a step, before the first micro-batch, and reduces gradients once, after the last; "regather" does both for each
+    micro-batch. "auto" is "keep" in a pipeline and "regather" elsewhere."""
     overlap: Literal["none", "ring"] = "none"
     """How an activation's gather before a product, and a reduce-scatter after one, are done: "none" as one collective,
     "ring" as a ring of partial products (`sharding.overlap`), which a compiler can hide behind each other."""
@@ -42,8 +44,10 @@ class Manual:
             )
         if self.overlap not in ("none", "ring"):
             raise InputError(f"Manual(overlap={self.overlap!r}): it is 'none' or 'ring'. Change it.")
-        if self.gathered not in ("regather", "keep"):
-            raise InputError(f"Manual(gathered={self.gathered!r}): it is 'regather' or 'keep'. Change it.")
+        if self.gathered not in ("auto", "regather", "keep"):
+            raise InputError(
+                f"Manual(gathered={self.gathered!r}): it is 'auto', 'regather' or 'keep'. Change it."
+            )
 
 
 @dataclass(frozen=True)

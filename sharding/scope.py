@@ -33,6 +33,8 @@ class Scope:
     """The named op that the model called; "" outside any."""
     names: str = ""
     """The names that the op was given: an einsum's text, an activation's dims."""
+    task: str = ""
+    """The slot of a pipeline's tick that this is done in (`sharding.pipeline.tables`); "" outside a pipeline."""
 
 
 def named(op: Callable[P, R]) -> Callable[P, R]:
@@ -57,6 +59,11 @@ def in_layers(depth: int) -> AbstractContextManager[object]:
     return about("layers", str(depth))
 
 
+def in_task(slot: str) -> AbstractContextManager[object]:
+    """Whatever is traced inside is done in this slot of a pipeline's tick."""
+    return about("task", slot)
+
+
 def scope_of(stack: str) -> Scope:
     """The scope of a name stack, outermost first, parts divided by slashes."""
     phase: Phase = "forward" if "jvp(" in stack else "update"
@@ -64,8 +71,9 @@ def scope_of(stack: str) -> Scope:
         phase = "backward"
     found = [(m[1], m[2].strip()) for m in _NAMED.finditer(stack)]
     layers = next((int(text) for op, text in found if op == "layers"), 0)
-    op, names = next(((op, text) for op, text in found if op != "layers"), ("", ""))
-    return Scope(phase, layers, op, names)
+    task = next((text for op, text in reversed(found) if op == "task"), "")
+    op, names = next(((op, text) for op, text in found if op not in ("layers", "task")), ("", ""))
+    return Scope(phase, layers, op, names, task)
 
 
 _NAMED = re.compile(r"(\w+): ?([^/()]*)")

@@ -109,8 +109,8 @@ CASES: dict[str, Callable[[], None]] = {
     "layers that do not divide": lambda: agrees(
         dataclasses.replace(TRANSFORMER, layers=5), ZeroBubble(4), 2, "fsdp"
     ),
-    "parameters gathered once": lambda: agrees(
-        TRANSFORMER, ZeroBubble(4), 2, "fsdp", partitioner=Manual(gathered="keep")
+    "parameters gathered at each use": lambda: agrees(
+        TRANSFORMER, ZeroBubble(4), 2, "fsdp", partitioner=Manual(gathered="regather")
     ),
     "experts": lambda: agrees(MOE, ZeroBubble(2), 2, "expert"),
     "scanned, computed again": lambda: agrees(
@@ -235,7 +235,7 @@ def test_parameters_are_gathered_once_a_step_or_at_each_use() -> None:
         )
 
     arrays = len(initial_params(TRANSFORMER))
-    assert gathers("keep") == arrays
+    assert gathers("keep") == gathers("auto") == arrays
     assert gathers("regather") > 4 * arrays
 
 

@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING
 
 from experiments.assemble import train_step, untouched
 from experiments.config import Experiment
+from experiments.schedules.named import grid_of
 from sharding.partitioner import Manual
+from sharding.pipeline.tables import useful
 
 if TYPE_CHECKING:
     from sharding.price.prediction import Prediction
@@ -44,11 +46,21 @@ def _predicted(experiment: Experiment, target: Target) -> Prediction:
 
 
 def priced(made: Prediction, experiment: Experiment, target: Target) -> Modelled:
-    """The time modelled from a prediction."""
+    """The time modelled from a prediction. Of a pipeline all that its devices do in a tick, also in vain, takes time; what is
+    in vain is the bubble, and counts in no op and in no MFU.
+    """
     from sharding.price.standins import grid
     from sharding.price.timing import modelled
 
-    return modelled(made.work, made.collectives, target, grid(experiment.mesh, target))
+    laid = grid(experiment.mesh, target)
+    whole = modelled(made.work, made.collectives, target, laid)
+    if experiment.pipeline is None or whole.step is None:
+        return whole
+    share = useful(grid_of(experiment.pipeline, experiment.mesh.sizes()["stage"]))
+    of_use = lambda x: replace(x, times=round(x.times * share.get(x.scope.task, 1.0)))
+    works, moved = [of_use(w) for w in made.work], [of_use(c) for c in made.collectives]
+    busy = modelled(works, moved, target, laid).step or 0.0
+    return modelled(works, moved, target, laid, bubble=1 - busy / whole.step)
 
 
 def on_target(experiment: Experiment, target: Target) -> Experiment:

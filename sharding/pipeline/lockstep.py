@@ -7,7 +7,7 @@ value; its results go to slots that nothing reads.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -15,8 +15,9 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from sharding.pipeline.parts import AXIS, Params, Shares, Tree
-from sharding.pipeline.tables import Tables
+from sharding.pipeline.tables import Slot, Tables
 from sharding.relayout import vary, varying, varying_of
+from sharding.scope import in_task
 
 if TYPE_CHECKING:
     from sharding.pipeline.execute import Tasks
@@ -106,21 +107,26 @@ class _Tick:
 
     def done(self) -> State:
         """The state after it."""
-        made = self._forward() if "F" in self.slots else None
-        d_last = self._loss() if "loss" in self.slots else None
-        d_carry = self._backward(d_last) if "B" in self.slots else None
-        if "W" in self.slots:
-            self._weights()
-        if "entered" in self.slots:
-            self._entered(d_carry)
-        self._send("F", "inbox", made)
-        self._send("B", "outbox", d_carry)
+        made = self._do("F", self._forward)
+        d_last = self._do("loss", self._loss)
+        d_carry = self._do("B", lambda: self._backward(d_last))
+        self._do("W", self._weights)
+        self._do("entered", lambda: self._entered(d_carry))
+        self._do("F", lambda: self._send("F", "inbox", made))
+        self._do("B", lambda: self._send("B", "outbox", d_carry))
         return self.state
+
+    def _do(self, slot: Slot, work: Callable[[], Tree]) -> Tree:
+        if slot not in self.slots:
+            return None
+        with in_task(slot):
+            return work()
 
     def _forward(self) -> Tree:
         carry = self._taken("inbox")
         if "enter" in self.slots:
-            entered = self.tasks.enter(self.whole.outer, self._micro(self.rows["enter.microbatch"][0]))
+            with in_task("enter"):
+                entered = self.tasks.enter(self.whole.outer, self._micro(self.rows["enter.microbatch"][0]))
             carry = _choose(self._mine("F.first"), jax.tree.leaves(entered), carry)
         chunk = self._mine("F.chunk")
         weights, given = self._chunk(chunk), self._given("F", chunk)
@@ -174,8 +180,6 @@ class _Tick:
 
     def _send(self, kind: str, box: str, made: Tree) -> None:
         """What was made in this tick, to the stage that needs it next."""
-        if made is None:
-            return
         n, tables = self.whole.grid.stages, self.whole.table
         for shift in tables.shifts[kind]:
             arrives = f"{box}.arrives{shift}"

@@ -114,13 +114,14 @@ class Shares:
         self.contiguous = over == {(AXIS,)}
         if self.contiguous and not neighbours:
             raise InputError(
-                f"{rules} lay {stack.depth} layers on {self.grid.stages} stages one after another, but this schedule gives each "
-                f"stage others, or not each as many. Give the rule stages order='spread'."
+                f"{rules} lay {stack.depth} layers on {self.grid.stages} stages one after another, but this schedule gives "
+                f"each stage others, or not each as many. Give the rule stages order='spread'."
             )
         if not self.contiguous and over != {()}:
             ways = " and over ".join(" x ".join(axes) or "nothing" for axes in sorted(over))
             raise InputError(
-                f"{rules} split layers over {ways}, but those of a pipeline lie on the axis {AXIS}. Use the rule stages for them."
+                f"{rules} split layers over {ways}, but those of a pipeline lie on the axis {AXIS}. Use the rule stages "
+                f"for them."
             )
 
     def lie(self, gathered: bool) -> dict[str, ParamLayouts]:
@@ -150,7 +151,7 @@ class Shares:
 
 def gathers_once(region: Region) -> bool:
     """Whether parameters that are split at rest are gathered once a step, and not by each micro-batch for each use."""
-    return isinstance(region.partitioner, Manual) and region.partitioner.gathered == "keep"
+    return isinstance(region.partitioner, Manual) and region.partitioner.gathered != "regather"
 
 
 def found(parts: Parts, params: Params, batch: Mapping[str, Array]) -> Stack:

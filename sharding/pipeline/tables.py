@@ -7,13 +7,15 @@ devices, and the program grows neither with micro-batches nor with ticks.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Literal
 
 import numpy as np
 
-from sharding.pipeline.grid import Grid, Kind, Place
+from sharding.pipeline.grid import KINDS, Grid, Kind, Place
 
 Slot = Literal["enter", "F", "loss", "B", "W", "entered"]
 SLOTS: tuple[Slot, ...] = ("enter", "F", "loss", "B", "W", "entered")
@@ -49,6 +51,13 @@ class Tables:
     (gradients), last (the last part's results until their loss)."""
     shifts: Mapping[str, tuple[int, ...]]
     """How many stages on a message goes: "F" activations, "B" gradients."""
+
+
+def useful(grid: Grid) -> dict[str, float]:
+    """slot -> part of the times that a device does it in a step that are not in vain."""
+    ticks = Counter(slot for each in _signatures(grid) for slot in each)
+    done = {s: grid.microbatches * (grid.chunks if s in KINDS else 1) for s in SLOTS}
+    return {slot: n / ticks[slot] for slot, n in done.items() if slot in ticks}
 
 
 def tables(grid: Grid) -> Tables:
@@ -171,18 +180,43 @@ def _of_all(grid: Grid) -> tuple[tuple[Slot, Kind, int], ...]:
 
 
 def _signatures(grid: Grid) -> list[tuple[Slot, ...]]:
-    """The slots of each tick."""
-    found: list[set[Slot]] = [{task.kind for cell in row for task in cell} for row in grid.cells]
+    """The slots of each tick: of the ways to lay those of all stages, that with the fewest loops, then with the fewest slots.
+
+    Each loop compiles the layers once more, so these stand up to three times as often as they must for the sake of fewer.
+    """
+    tasks: list[frozenset[Slot]] = [
+        frozenset(task.kind for cell in row for task in cell) for row in grid.cells
+    ]
+    exact = [set(each) for each in tasks]
     for slot, kind, part in _of_all(grid):
         for m in range(grid.microbatches):
-            found[grid.when[kind, m, part]].add(slot)
-    for slot, kind, _ in (entry for entry in _of_all(grid) if entry[0] != "loss"):
-        # Up to three times as often as it must, for the sake of fewer loops: each compiles the layers once more.
-        ticks = [each for each in found if kind in each]
-        if len(ticks) <= 3 * grid.microbatches:
-            for each in ticks:
-                each.add(slot)
-    return [tuple(slot for slot in SLOTS if slot in each) for each in found]
+            exact[grid.when[kind, m, part]].add(slot)
+    free: dict[Slot, Kind] = {"enter": "F", "entered": "B"}
+    core = [frozenset(each - free.keys()) for each in exact]
+    by_group: list[set[Slot]] = [set(each) for each in exact]
+    everywhere: list[set[Slot]] = [set(each) for each in exact]
+    for ticks in _groups(core):
+        every: set[Slot] = set().union(*(exact[t] for t in ticks))
+        for t in ticks:
+            by_group[t] |= every & free.keys()
+    for slot, kind in free.items():
+        for t, each in enumerate(tasks):
+            if kind in each:
+                everywhere[t].add(slot)
+    most = 3 * grid.microbatches
+    ways = [
+        way
+        for way in (by_group, everywhere)
+        if all(sum(slot in each for each in way) <= most for slot in free)
+    ]
+    in_order: Callable[[set[Slot]], tuple[Slot, ...]] = lambda each: tuple(s for s in SLOTS if s in each)
+    laid = [[in_order(each) for each in way] for way in (exact, *ways)]
+    return min(laid, key=lambda way: (sum(len(b.runs) for b in _blocks(way)), sum(map(len, way))))
+
+
+def _groups(core: Sequence[frozenset[Slot]]) -> list[list[int]]:
+    """Ticks with the same slots, one after another."""
+    return [[t for t, _ in group] for _, group in groupby(enumerate(core), key=lambda entry: entry[1])]
 
 
 def _blocks(signatures: list[tuple[Slot, ...]]) -> tuple[Block, ...]:

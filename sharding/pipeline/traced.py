@@ -82,7 +82,8 @@ class Passes:
 
 def passes(run: Callable[..., Tree], splits: bool, weights: Tree, carry: Tree, beside: Tree) -> Passes:
     """`run(weights, carry, beside) -> carry` taken apart, for arrays or types like these. splits: the backward in two
-    tasks."""
+    tasks.
+    """
     kept: dict[str, Any] = {}
 
     def forward(weights: Tree, carry: Tree, beside: Tree) -> Tree:

@@ -20,10 +20,10 @@ def stages(
     arXiv:2411.05288). order "spread": a stage's layers are not neighbours (virtual stages), or not as many on each stage; at
     rest the stages then split another dim, and each step brings the layers to their stages by an all-to-all, and back.
     """
-    if vocab not in ("split", "whole") or order not in ("contiguous", "spread"):
-        raise InputError(
-            f"stages(vocab={vocab!r}, order={order!r}): vocab is 'split' or 'whole', order 'contiguous' or 'spread'. Change it."
-        )
+    if vocab not in ("split", "whole"):
+        raise InputError(f"stages(vocab={vocab!r}): it is 'split' or 'whole'. Change it.")
+    if order not in ("contiguous", "spread"):
+        raise InputError(f"stages(order={order!r}): it is 'contiguous' or 'spread'. Change it.")
     words = {"vocab": Split(axis, "also", WHOLE)} if vocab == "split" else {}
     if order == "contiguous":
         return Rule(compute={"layers": axis, **words}, activation=words)
