@@ -8,15 +8,18 @@ every layout and traces the step on a mesh of devices that are not there. A run 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from experiments.assemble import ROOT, look, near, train_step, untouched
 from experiments.config import Experiment
 from experiments.pictured import Ordered, inside_attention, orders
+from experiments.schedules.named import grid_of, written
 from sharding.finding import Finding, Limits
 from sharding.layout import Layout
 from sharding.paths import ByPath
+from sharding.pipeline import clocks
 from sharding.rule import PARAM_ROLES, Rules
 
 if TYPE_CHECKING:
@@ -96,6 +99,8 @@ class Explanation:
     host_bytes_per_device: int
     """The same of what lies in the host's memory, all kinds."""
     orders: tuple[Ordered, ...]
+    pipeline: str = ""
+    """The schedule with its stages, ticks, bubble and stash, in words; "" without one."""
     """Dims whose positions do not lie in their natural order."""
 
     def to_json(self) -> dict[str, Any]:
@@ -140,6 +145,7 @@ def explain_step(
         rules=repr(layouts.rules),
         chain=tuple((r.call, near(r.source)) for r in layouts.rules.chain),
         partitioner=repr(experiment.partitioner),
+        pipeline=_pipeline(experiment, sizes),
         parameters=sum(s.size for s in step.tree.values()),
         lines=tuple(lines),
         collectives=totals,
@@ -162,6 +168,19 @@ def counted(batch: dict[str, Any]) -> int:
     """Tokens or examples of a batch: as many as it has labels, or weights where a model's targets have another name."""
     rows = next(iter(batch.values())).shape[:1]
     return math.prod(next((batch[k].shape for k in ("labels", "weights") if k in batch), rows))
+
+
+def _pipeline(experiment: Experiment, sizes: Mapping[str, int]) -> str:
+    if experiment.pipeline is None:
+        return ""
+    grid = grid_of(experiment.pipeline, sizes["stage"])
+    idle = clocks.lockstep(grid, clocks.Costs()).bubble
+    kept = " ".join(map(str, clocks.stash(grid)))
+    what = "micro-batches" if grid.chunks == 1 else f"micro-batches of a chunk, {grid.chunks} chunks a stage"
+    return (
+        f"{written(experiment.pipeline)} on {grid.stages} stages: {grid.ticks} ticks, bubble {100 * idle:.3g} % "
+        f"(lockstep, F = B = W), stash by stage {kept} {what}"
+    )
 
 
 def _traffic(seen: Traced, step: TrainStep) -> tuple[tuple[dict[str, Any], ...], tuple[dict[str, Any], ...]]:

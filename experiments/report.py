@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from experiments.config import Experiment, to_json
+from experiments.schedules.named import show_schedule
 
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #1a1a1a }
@@ -61,7 +62,8 @@ def write_report(
         f"<!doctype html><html lang=en><meta charset=utf-8><title>{html.escape(experiment.name)}</title><style>{STYLE}</style>",
         f"<h1>{html.escape(experiment.name)}</h1><pre>{html.escape(command)}</pre>",
         f"<p>rules {html.escape(repr(experiment.rules))} on mesh {html.escape(experiment.mesh.describe())}, "
-        f"partitioner {html.escape(repr(experiment.partitioner))}</p>",
+        f"partitioner {html.escape(repr(experiment.partitioner))}, "
+        f"pipeline {html.escape(show_schedule(experiment.pipeline))}</p>",
         _table(figures),
         f"<h2>Loss</h2>{picture}",
         f"<h2>Sample</h2><pre>{html.escape(result.sample)}</pre>" if result.sample else "",

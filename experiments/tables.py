@@ -51,6 +51,8 @@ def _head(console: Console, told: Explanation) -> None:
     for at, (call, source) in enumerate(told.chain):
         console.print(f"{'rules' if at == 0 else '':<12}{_mark(at)} {call:<{width}}  {source}", markup=False)
     console.print(f"{'partitioner':<12}{told.partitioner}", markup=False)
+    if told.pipeline:
+        console.print(f"{'pipeline':<12}{told.pipeline}", markup=False)
     parts = [
         f"{what} {_held(told, kind)}"
         for kind, what in (

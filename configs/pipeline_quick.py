@@ -1,0 +1,28 @@
+"""The quickstart's transformer in a pipeline of four stages on 8 pretend devices, each stage's parameters split over two.
+
+Claim:    the schedule is a value beside the mesh: the same model, rules and data, and the loss of the run without stages.
+Command:  shardlab train configs/pipeline_quick.py
+Cost:     about 2 min on 2 CPU cores
+Result:   the quickstart's bits per byte to float32 rounding of its order of sums; `--pipeline gpipe`, `interleaved` or `zb-h1` likewise
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from configs import quickstart
+from experiments.config import Experiment
+from sharding.axes import MeshShape
+from sharding.rules.fsdp import fsdp
+from sharding.schedules.one_f_one_b import OneFOneB
+
+
+def config() -> Experiment:
+    """The experiment."""
+    return replace(
+        quickstart.config(),
+        name="pipeline-quick",
+        rules=fsdp(),
+        mesh=MeshShape(stage=4, fsdp=2),
+        pipeline=OneFOneB(microbatches=8),
+    )
