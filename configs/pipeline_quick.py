@@ -3,7 +3,7 @@
 Claim:    the schedule is a value beside the mesh: the same model, rules and data, and the loss of the run without stages.
 Command:  shardlab train configs/pipeline_quick.py
 Cost:     about 2 min on 2 CPU cores
-Result:   the quickstart's bits per byte to float32 rounding of its order of sums; `--pipeline gpipe`, `interleaved` or `zb-h1` likewise
+Result:   the losses of the same run without stages, but for rounding; with `--pipeline gpipe` or `zb-h1` likewise
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ from experiments.config import Experiment
 from experiments.data.contract import Dataset
 from experiments.verified import KINDS, Case, Outcome, Verified
 from experiments.verified_oracle import Oracle, in_double
-from experiments.verified_rows import batches, fewest_rows, indices_of
+from experiments.verified_rows import batches, documents_of, fewest_rows, indices_of
 from sharding.axes import MeshShape
 from sharding.errors import InputError
 from sharding.foreign import Foreign
@@ -35,6 +35,7 @@ from sharding.proof.trial import Going, Leaves, Ready, Untraced
 from sharding.proof.untraced import at_trace
 from sharding.proof.updates import One, compared, departing_update
 from sharding.proof.witness import witness
+from sharding.rules.stages import stages
 from sharding.step import TrainStep
 
 AHEAD = 2
@@ -50,7 +51,8 @@ def cases(
     """The cases of a config: its own mesh first, then every mesh of up to `devices` devices, under both partitioners."""
     model = experiment.model.build()
     inputs = [tuple(entry.names.split()) for entry in model.inputs.values()]
-    legal = list(meshes) or shapes(axes_of(experiment.rules, declare(model), inputs), devices)
+    rules = experiment.rules | stages() if experiment.pipeline else experiment.rules
+    legal = list(meshes) or shapes(axes_of(rules, declare(model), inputs), devices)
     own = [] if meshes else [m for m in legal if m.sizes() == experiment.mesh.sizes()]
     ordered = [*own, *(m for m in legal if m not in own)]
     by = list(partitioners) or ([Auto()] if isinstance(model, Foreign) else [_manual(experiment), Auto()])
@@ -103,7 +105,8 @@ def verify(
     terms, leaves = oracle.budget.terms, len(oracle.one.single.gradients)
     precision = "float64" if x64 else str(getattr(experiment.model, "dtype", "float32"))
     held = terms, leaves, precision, oracle.within, rounding, oracle.casts_unmeasured
-    return Verified(tuple(outcomes), steps, work.rows, *held)
+    clipping = oracle.types_fixed, experiment.optimizer.largest_norm(), oracle.clips, oracle.clipped
+    return Verified(tuple(outcomes), steps, work.rows, *held, *clipping)
 
 
 class _Work:
@@ -138,8 +141,9 @@ class _Work:
 
     def judge(self) -> None:
         """Train on one device; what it ran stays compiled for what a departure asks."""
-        indices = indices_of(self.experiment.model.build())
-        self.batches = batches(self.experiment, self.dataset, self.rows, self.steps, indices)
+        model = self.experiment.model.build()
+        drawn = indices_of(model), documents_of(model)
+        self.batches = batches(self.experiment, self.dataset, self.rows, self.steps, *drawn)
         self.oracle = Oracle(self.experiment, self.batches, self.rows, self.x64)
 
     def outcome(self, case: Case, ready: Ready | BaseException) -> Outcome:
@@ -155,7 +159,7 @@ class _Work:
             # Both partitioners lay the parameters alike: what one of them drew on this mesh is what the other would.
             foreign = self.x64 and isinstance(ready.step.model, Foreign)
             start = self.oracle.initial if foreign else self.drawn.get(case.mesh)
-            trial = ready.run(self.experiment.seed, self.batches, start)
+            trial = ready.run(self.experiment.seed, self.batches, start, self.oracle.clips)
             self.drawn[case.mesh] = trial.initial
         except (TypeError, ValueError, RuntimeError, AssertionError, IndexError, KeyError) as error:
             return Outcome(
@@ -196,10 +200,15 @@ class _Work:
         first, oracle = self.oracle.initial, self.oracle
         seen = witness(step, first, self.batches[0], self.x64)
         gradients = "gradient" in o.worst and o.worst["gradient"].departs
-        where = bisect(seen, oracle.witnessed, step.split.layouts.sizes, oracle.budget, gradients)
+        where = bisect(
+            seen, oracle.witnessed, step.split.layouts.sizes, oracle.budget, gradients, ready.types
+        )
         if where is not None:
             return where
-        begun = {r: Going(r, self.experiment.seed, first) for r in dict.fromkeys((ready, *oracle.ready))}
+        begun = {
+            r: Going(r, self.experiment.seed, first, oracle.clips)
+            for r in dict.fromkeys((ready, *oracle.ready))
+        }
         one = One(*(begun[r] for r in oracle.ready))
         return departing_update(begun[ready], one, self.batches, oracle.budget)
 

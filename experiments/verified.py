@@ -83,6 +83,15 @@ class Verified:
     casts_unmeasured: str = ""
     """Why one device could not run in double without the step's own casts, which then have no room; "" where it did, or where
     it casts nothing."""
+    types_fixed: str = ""
+    """Why one device in double ran the program of the model's own types, widened; "" where the model computes in double."""
+    clip: float = math.inf
+    """The norm at which the config clips gradients; inf: it does not."""
+    clips: tuple[float, ...] = ()
+    """The norms at which gradients were clipped instead, an update each, on one device and in every case: the config's own
+    would not have shown whether a split clips. Empty where its own was used."""
+    clipped: tuple[int, ...] = ()
+    """The updates, from 1, whose gradients one device clipped."""
 
     @property
     def checked(self) -> tuple[Outcome, ...]:
@@ -115,7 +124,7 @@ class Verified:
                 "departure": _finite(asdict(o.departure)) if o.departure else None,
             }
 
-        head = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "outcomes"}
+        head = _finite({f.name: getattr(self, f.name) for f in fields(self) if f.name != "outcomes"})
         return {"provenance": "measured", **head, "cases": [one(o) for o in self.outcomes]}
 
 

@@ -101,6 +101,21 @@ def _rounding(console: Console, made: Verified) -> None:
             f"{who} computes in {dtype} by itself, whatever it is given: the budget of each {', '.join(kinds)} array that this "
             f"moves holds that rounding, and smaller errors go unseen."
         )
+    if made.types_fixed:
+        console.print(made.types_fixed, markup=False)
+    if made.clips:
+        norms = ", ".join(f"{c:.2g}" for c in made.clips)
+        console.print(
+            f"The config clips gradients at {made.clip:g}, which does not both halve those of the first update here and leave "
+            f"another's as they are: a split that does not clip could agree. All are clipped at {norms} instead (a norm an "
+            f"update), which binds in {_updates(made.clipped)}."
+        )
+    elif math.isfinite(made.clip) and len(made.clipped) in (0, made.steps):
+        never = "every" if made.clipped else "no"
+        console.print(
+            f"The config's clip of {made.clip:g} binds in {never} update here, and one device does not stay finite with "
+            f"another: whether a split {'leaves smaller gradients alone' if made.clipped else 'clips'} is not seen."
+        )
     if made.casts_unmeasured:
         console.print(made.casts_unmeasured, markup=False)
     if made.rounding:
@@ -109,6 +124,12 @@ def _rounding(console: Console, made: Verified) -> None:
             f"its updates is arbitrary, so that they are hardly judged.",
             markup=False,
         )
+
+
+def _updates(numbers: tuple[int, ...]) -> str:
+    """`update 1`, `updates 1, 3 and 5`."""
+    *most, last = map(str, numbers)
+    return f"updates {', '.join(most)} and {last}" if most else f"update {last}"
 
 
 _PHASES = {
@@ -133,5 +154,5 @@ def _departure(console: Console, d: Departure) -> None:
         say(f"  lies     {d.layout}")
         for placed in d.placed:
             say(f"           {placed}")
-        say(f"  error    {d.error:.1e} of its largest entry, where rounding may make {d.allowed:.1e}")
+        say(f"  error    {d.error:.1e} of its {d.norm}, where rounding may make {d.allowed:.1e}")
     say(f"  looks as {d.looks}")

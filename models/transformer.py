@@ -89,7 +89,8 @@ class Transformer(nnx.Module):
         }
         if c.documents == "packed":
             self.inputs |= {
-                name: Entry("batch length", (c.length,), "int32") for name in ("segments", "positions")
+                "segments": Entry("batch length", (c.length,), "int32", documents="number"),
+                "positions": Entry("batch length", (c.length,), "int32", documents="place"),
             }
         self.table = param(
             "vocab embed", (c.vocab, c.embed), normal(c.embed**-0.5 if c.unembed == "tied" else 1.0)

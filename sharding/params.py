@@ -13,7 +13,7 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from statistics import NormalDist
-from typing import Any, Protocol, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -97,6 +97,10 @@ class Entry:
     indexes: str = ""
     """For integers: the name of the dim that they are indices of, as token ids are of `vocab`; then any index of it is
     a legal value. Empty where values mean something else."""
+    documents: Literal["", "number", "place"] = ""
+    """For integers over positions that documents share: "number" where a value says in which of its row's documents a position
+    is (from 1; 0 in none, padding at the row's end), "place" which of its document's positions it is (from 0; 0 in padding).
+    Then any cut of a row into documents is legal. Empty where values mean something else."""
 
     def abstract(self, rows: int) -> jax.ShapeDtypeStruct:
         """Shape and dtype of a batch of `rows` rows."""

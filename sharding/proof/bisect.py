@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import takewhile
 
@@ -10,7 +10,7 @@ import numpy as np
 
 from sharding.layout import Layout, Reason
 from sharding.proof.budget import Budget
-from sharding.proof.diagnose import Error, diagnose
+from sharding.proof.diagnose import PRECISIONS, Error, diagnose
 from sharding.proof.witness import Seen
 
 
@@ -26,9 +26,13 @@ class Departure:
     placed: tuple[str, ...]
     """`heads/tensor by tensor() FILE:LINE`, a placement each."""
     error: float
-    """Relative to the tensor's largest entry."""
+    """Relative to the tensor's `norm`."""
     allowed: float
     looks: str
+    norm: str = "largest entry"
+    """What the error is relative to, in words: the tensor's "largest entry", or the "root mean square" of a whole parameter or
+    array of the optimizer (of all its entries, not of what an update made of it).
+    """
 
 
 Heard = tuple[Seen, Seen, Seen, Seen]
@@ -41,27 +45,29 @@ def bisect(
     sizes: Mapping[str, int],
     budget: Budget,
     gradients: bool = False,
+    types: Collection[str] = tuple(PRECISIONS),
 ) -> Departure | None:
     """The first result of a named op that departs going forward, else the first gradient of one going backward; of results
     that the loss does not depend on, which feed metrics alone, the first if no gradient departs.
 
     `found` is what a split over axes of these `sizes` made (`witness`), `one` what one device made in the working precision,
-    in double, and in double without its own casts. `gradients`: whether a parameter's departs. None when all named ops agree:
-    the fault lies after them, or the model has none.
+    in double, and in double without its own casts. `gradients`: whether a parameter's departs. `types`: floating dtypes that
+    the split computes in. None when all named ops agree: the fault lies after them, or the model has none.
     """
+    look = lambda phase, seen, values: _departure(phase, seen, values, sizes, budget, types)
     # A model may ask how it is split and compute something else there: from that place on nothing is comparable.
     heard = list(takewhile(_comparable, zip(found, *one, strict=False)))
     first: Departure | None = None
     for seen in heard:
-        made = _departure("forward", seen, [s.value for s in seen], sizes, budget)
+        made = look("forward", seen, [s.value for s in seen])
         first = first or made
         if first and made and _in_loss(seen):
             # A single number says little of what is wrong with it: its gradients say more.
-            back = None if seen[0].layout.names or first is not made else _backward(heard, sizes, budget)
+            back = None if seen[0].layout.names or first is not made else _backward(heard, look)
             return (
                 first if back is None else replace(first, looks=f"{first.looks}; {back.what}: {back.looks}")
             )
-    return _backward(heard, sizes, budget) or (None if gradients else first)
+    return _backward(heard, look) or (None if gradients else first)
 
 
 def _in_loss(seen: Heard) -> bool:
@@ -76,17 +82,25 @@ def _comparable(seen: Heard) -> bool:
     return len(shapes) == 1 and len({(s.tap.scope, s.tap.source, s.tap.names) for s in seen}) == 1
 
 
-def _backward(heard: list[Heard], sizes: Mapping[str, int], budget: Budget) -> Departure | None:
+Look = Callable[[str, Heard, Sequence[np.ndarray]], Departure | None]
+
+
+def _backward(heard: list[Heard], look: Look) -> Departure | None:
     for seen in reversed(heard):
         given = [s.gradient for s in seen if s.gradient is not None]
-        made = _departure("backward", seen, given, sizes, budget) if len(given) == len(seen) else None
+        made = look("backward", seen, given) if len(given) == len(seen) else None
         if made:
             return made
     return None
 
 
 def _departure(
-    phase: str, heard: Heard, values: Sequence[np.ndarray], sizes: Mapping[str, int], budget: Budget
+    phase: str,
+    heard: Heard,
+    values: Sequence[np.ndarray],
+    sizes: Mapping[str, int],
+    budget: Budget,
+    types: Collection[str],
 ) -> Departure | None:
     """Whether the first of four `values` departs from what one device made."""
     seen, (found, single, exact, wide) = heard[0], values
@@ -99,7 +113,7 @@ def _departure(
     if not worst.departs:
         return None
     want = exact if budget.double else single
-    looks = diagnose(Error(found, want, seen.layout, sizes, worst.allowed, replicas, seen.places))
+    looks = diagnose(Error(found, want, seen.layout, sizes, worst.allowed, replicas, seen.places, types))
     what = seen.title if phase == "forward" else f"the gradient of {seen.title}"
     return Departure(phase, what, seen.layout.text(), placed(seen.layout), worst.error, worst.allowed, looks)
 

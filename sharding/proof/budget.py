@@ -107,6 +107,11 @@ def typical(x: np.ndarray) -> float:
 NORMS = {"loss": largest, "gradient": largest, "parameter": typical, "optimizer": typical}
 
 
+def norm_of(kind: str) -> str:
+    """What an error of this kind of array is relative to, in words."""
+    return "largest entry" if NORMS[kind] is largest else "root mean square"
+
+
 @dataclass(frozen=True)
 class Budget:
     """What an array may be off by: built from one device in the working precision and in double."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -17,6 +17,9 @@ from sharding.layout import Layout
 
 EXPLAINED = 1e-2
 """A kind explains an error when what it leaves is below this part of the error."""
+
+PRECISIONS = {"float64": 1e-9, "float32": 5e-5, "float16": 5e-4, "bfloat16": 2e-2}
+"""Floating dtypes, finest first, and the relative error up to which it is the size of their rounding."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,8 @@ class Error:
     replicas: tuple[str, ...] = ()
     places: Mapping[str, np.ndarray] = field(default_factory=dict)
     """As in `witness.Seen`."""
+    types: Collection[str] = tuple(PRECISIONS)
+    """Floating dtypes that occur in the run: no other can have rounded it."""
 
     def shard(self, at: int) -> np.ndarray:
         """The shard of a split dim that each of its positions lies in."""
@@ -98,12 +103,12 @@ def _replicas(e: Error) -> str:
 
 def _factor(e: Error) -> str:
     """One number times the right values."""
-    ratio = _ratio(e.found, e.want)
+    ratio = ratio_of(e.found, e.want)
     if ratio is None or abs(ratio - 1) < min(10 * e.allowed, 0.1) or not e.explains(ratio * e.want):
         return ""
     if ratio == 0:
         return "all zeros"
-    over = _axes_of(ratio, e.sizes)
+    over = axes_of(ratio, e.sizes)
     if over and ratio > 1:
         return f"{ratio:.4g} times too large, the size of {over}: reduced once too often over it"
     if over:
@@ -114,25 +119,7 @@ def _factor(e: Error) -> str:
     return f"{ratio:.6g} times the right values, which is no product of axis sizes"
 
 
-def common(errors: Sequence[Error]) -> str:
-    """What it means when all gradients are off by one and the same factor; "" where they are not, or where axes have it."""
-    pairs = [(e.found.astype(np.float64), e.want.astype(np.float64)) for e in errors]
-    found, want = (np.concatenate([x.ravel() for x in side]) for side in zip(*pairs, strict=True))
-    ratio = _ratio(found, want)
-    if not ratio or not np.isfinite(ratio) or _axes_of(ratio, errors[0].sizes):
-        return ""
-    # What is nothing but rounding beside the largest gradient has no factor.
-    least = 1e-5 * float(np.linalg.norm(want))
-    told = [(f, w) for f, w in pairs if np.linalg.norm(w) > least]
-    if any(np.linalg.norm(f - ratio * w) > EXPLAINED * np.linalg.norm(f - w) for f, w in told):
-        return ""
-    return (
-        f"{ratio:.6g} times the right values, as every gradient is, which is no product of axis sizes: suspect what they "
-        f"have in common, the norm by which they are clipped, the weight by which they are divided, or a scale of the loss"
-    )
-
-
-def _axes_of(ratio: float, sizes: Mapping[str, int]) -> str:
+def axes_of(ratio: float, sizes: Mapping[str, int]) -> str:
     """The axes whose size, or product of sizes, is the ratio or its inverse; "" when there are none."""
     used = [a for a, n in sizes.items() if n > 1]
     for n in range(1, len(used) + 1):
@@ -187,7 +174,7 @@ def _blocks(e: Error) -> str:
             continue
         shard = e.shard(at)
         found, want = ([np.compress(shard == k, x, axis=at) for k in range(parts)] for x in (e.found, e.want))
-        ratios = [_ratio(f, w) for f, w in zip(found, want, strict=True)]
+        ratios = [ratio_of(f, w) for f, w in zip(found, want, strict=True)]
         known = np.array([1.0 if r is None else r for r in ratios])
         if len({round(r, 6) for r in known}) < 2:
             continue
@@ -242,10 +229,14 @@ def _mask(e: Error) -> str:
 def _rounding(e: Error) -> str:
     """Dense, small and without a sign: a lower precision, or one more order of sums than was allowed for."""
     off = float(np.linalg.norm(e.found - e.want) / max(np.linalg.norm(e.want), 1e-300))
-    if off >= 2e-2:
+    if off >= PRECISIONS["bfloat16"]:
         return ""
-    precision = "bfloat16" if off > 5e-4 else "float16" if off > 5e-5 else "float32"
-    return f"no structure, {off:.1e} off everywhere: the size of {precision}'s rounding"
+    told = f"no structure, {off:.1e} off everywhere"
+    held = [name for name in PRECISIONS if name in e.types]
+    fits = [name for name in held if off <= PRECISIONS[name]]
+    if fits:
+        return f"{told}: the size of {fits[0]}'s rounding"
+    return f"{told}: more than the rounding of {held[-1]}, the coarsest type of this run" if held else told
 
 
 def _shard(e: Error, at: int, rows: np.ndarray) -> str:
@@ -276,8 +267,8 @@ def _span(rows: np.ndarray) -> str:
     )
 
 
-def _ratio(found: np.ndarray, want: np.ndarray) -> float | None:
-    """The number r for which r x want is nearest to found; None when want is zero."""
+def ratio_of(found: np.ndarray, want: np.ndarray) -> float | None:
+    """The number r for which r x want is nearest to found, arrays of equal shape; None when want is zero."""
     square = float(np.vdot(want, want))
     return None if square == 0 else float(np.vdot(found, want)) / square
 

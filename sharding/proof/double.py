@@ -66,15 +66,31 @@ def widely(function: Callable[..., Any], *types: Any) -> Callable[..., Any]:
     stays as it is.
 
     types: arguments whose shapes and types the function is traced at, where those that it is run with are wider: its own code
-    may only fit the types it was written for. None: it is traced at what it is run with.
+    may only fit the types it was written for. None: it is traced at what it is run with. Where none of them is double, it is
+    traced with float64 disabled, as it is when it trains: there a default type is float32.
     """
 
     def run(*given: Any) -> Any:
-        closed, made = jax.make_jaxpr(function, return_shape=True)(*(types or given))
+        with jax.enable_x64(not types or of_double(types)):
+            closed, made = jax.make_jaxpr(function, return_shape=True)(*(types or given))
         values = _run(closed.jaxpr, closed.consts, jax.tree.leaves(given))
         return jax.tree.unflatten(jax.tree.structure(made), [_widen(x) for x in values])
 
     return run
+
+
+def of_double(types: Any) -> bool:
+    """Whether a floating or complex array of a tree is of double precision."""
+    return any(x.dtype in (np.float64, np.complex128) for x in jax.tree.leaves(types))
+
+
+def floats(jaxpr: Jaxpr) -> frozenset[str]:
+    """The floating and complex dtypes in which a jaxpr holds or makes anything, inner bodies included."""
+    own = [*jaxpr.invars, *jaxpr.constvars, *(v for eqn in jaxpr.eqns for v in eqn.outvars)]
+    inner = (floats(body) for eqn in jaxpr.eqns for body in subjaxprs(eqn.params))
+    held = [getattr(v.aval, "dtype", None) for v in own]
+    mine = (str(to) for to in held if to is not None and jnp.issubdtype(to, jnp.inexact))
+    return frozenset(mine).union(*inner)
 
 
 def narrowed(jaxpr: Jaxpr) -> frozenset[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -11,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sharding.errors import InputError
-from sharding.proof.double import narrowed, widely, widened
+from sharding.proof.double import floats, narrowed, of_double, widely, widened
 from sharding.step import TrainStep
 
 Leaves = dict[str, np.ndarray]
@@ -60,42 +61,62 @@ class Untraced(Exception):
 class Ready:
     """A step compiled for a trial; compiling and running are apart so that one can go on while another runs.
 
-    double: in float64. wide: what the step itself casts to narrower types is left out as well. `casts` are the types that it
-    casts to from finer ones.
+    double: in float64. wide: what the step itself casts to narrower types is left out as well; the step may then be one of
+    narrower types, at which it is traced (`widely`). `casts` are the types that it casts to from finer ones, `types` those
+    that it computes in.
+
+    The norm at which gradients are clipped is an argument of the program, so that it may be another in each update (`Going`).
     """
 
     def __init__(self, step: TrainStep, rows: int, double: bool = False, wide: bool = False):
         self.step, self.double, self.wide = step, double, wide
+        types = step.abstract_batch(rows)
         put = {
             k: jax.ShapeDtypeStruct(
                 x.shape, widened(x.dtype) if double else x.dtype, sharding=step.batch_shardings()[k]
             )
-            for k, x in step.abstract_batch(rows).items()
+            for k, x in types.items()
         }
-        with jax.enable_x64(double):
+        own = of_double({p: spec.abstract() for p, spec in step.tree.items()})
+        with jax.enable_x64(double and (own or not wide)):
             held = step.abstract_state()
+        with jax.enable_x64(double):
             grown = lambda x: jax.ShapeDtypeStruct(x.shape, widened(x.dtype))
             self.state = jax.tree.map(grown, held) if wide else held
+            number = np.float64 if own else np.float32
+            clip = jax.ShapeDtypeStruct((), number, weak_type=True)  # a number, as `TrainStep.clip` is
             lies = (step.state_shardings(), None, None)
             made = jax.jit(
-                widely(step.updated, held, put) if wide else step.updated,
+                widely(self._updated, held, types, clip) if wide else self._updated,
                 donate_argnums=0,
                 out_shardings=lies,
             )
             try:
-                traced = made.trace(self.state, put)
+                traced = made.trace(self.state, put, 1.0)
             except Exception as error:  # its author's code, and jax's where types do not fit: of any kind
                 if isinstance(error, InputError) or step.split.mesh is None:
                     raise
                 raise Untraced(f"{type(error).__name__}: {error}") from error
-            self.casts = narrowed(traced.jaxpr.jaxpr)
+            self.casts, self.types = narrowed(traced.jaxpr.jaxpr), floats(traced.jaxpr.jaxpr)
             self.update = traced.lower().compile()
 
+    def _updated(self, state: Any, batch: Any, clip: Any) -> Any:
+        """An update of the step with its gradients clipped at this norm."""
+        step = copy.copy(self.step)
+        step.clip = clip
+        return step.updated(state, batch)
+
     def run(
-        self, seed: int, batches: Sequence[Mapping[str, np.ndarray]], initial: Leaves | None = None
+        self,
+        seed: int,
+        batches: Sequence[Mapping[str, np.ndarray]],
+        initial: Leaves | None = None,
+        clips: Sequence[float] = (),
     ) -> Trial:
-        """One update a batch from the parameters of `seed`, or from `initial`; batches are whole, on the host."""
-        going = Going(self, seed, initial)
+        """One update a batch from the parameters of `seed`, or from `initial`; batches are whole, on the host. clips: the norm
+        at which the gradients of each update are clipped; none: the step's own.
+        """
+        going = Going(self, seed, initial, clips)
         for batch in batches:
             going.update(batch)
         return going.trial()
@@ -111,8 +132,8 @@ class Ready:
 class Going:
     """A trial under way: its state stays on the devices, so that it can be looked at after any update."""
 
-    def __init__(self, ready: Ready, seed: int, initial: Leaves | None = None):
-        self.ready = ready
+    def __init__(self, ready: Ready, seed: int, initial: Leaves | None = None, clips: Sequence[float] = ()):
+        self.ready, self.clips = ready, tuple(clips)
         self.metrics: list[dict[str, Any]] = []
         self.gradients: dict[str, Any] = {}
         with jax.enable_x64(ready.double):
@@ -124,10 +145,15 @@ class Going:
         """One update on a batch, whole, on the host."""
         with jax.enable_x64(self.ready.double):
             # One at a time: with several queued, XLA:CPU's collectives have waited for each other for ever.
-            made = jax.block_until_ready(self.ready.update(self.state, self.ready.put(batch)))
+            given = self.state, self.ready.put(batch), self._clip(len(self.metrics))
+            made = jax.block_until_ready(self.ready.update(*given))
         self.state, seen, gradients = made
         self.metrics.append(seen)
         self.gradients = self.gradients or gradients
+
+    def _clip(self, at: int) -> float:
+        """The norm at which update `at` (from 0) clips."""
+        return float(self.clips[at] if self.clips else self.ready.step.clip)
 
     def trial(self) -> Trial:
         """What the updates so far gave, one at least."""
@@ -136,11 +162,25 @@ class Going:
             flat, _ = jax.tree_util.tree_flatten_with_path(self.state["optimizer"])
             moments = {jax.tree_util.keystr(k): x for k, x in flat} | {"step": self.state["step"]}
             values = tuple({k: float(v) for k, v in seen.items()} for seen in self.metrics)
-            clipped = min(1.0, self.ready.step.clip / max(values[0]["grad_norm"], 1e-12))
+            clipped = min(1.0, self._clip(0) / max(values[0]["grad_norm"], 1e-12))
             parts = {"gradient": self.gradients, "parameter": params, "optimizer": moments}
             uneven = {f"{k} {p}": c for k, part in parts.items() for p, x in part.items() if (c := copies(x))}
-            means = {p: g / g.dtype.type(clipped) for p, g in host(self.gradients).items()}
+            mean = lambda g: g / g.dtype.type(clipped)
+            means = {p: mean(g) for p, g in host(self.gradients).items()}
+            norms = copies(self.metrics[0]["grad_norm"])
+            for k, c in uneven.items():
+                if k.startswith("gradient "):
+                    uneven[k] = c._replace(values=_unclipped(c, norms, self._clip(0), clipped))
             return Trial(self.initial, values, means, host(params), host(moments), uneven)
+
+
+def _unclipped(found: Copies, norms: Copies | None, clip: float, common: float) -> np.ndarray:
+    """Copies of a gradient before clipping: each device has clipped by the norm that it holds, all by one where they agree."""
+    kind = found.values.dtype.type
+    if norms is None or norms.axes != found.axes:
+        return found.values / kind(common)
+    factors = np.minimum(1.0, clip / np.maximum(norms.values, 1e-12)).astype(found.values.dtype)
+    return found.values / factors.reshape(*factors.shape, *(1,) * (found.values.ndim - factors.ndim))
 
 
 def host(leaves: Mapping[str, Any]) -> Leaves:

@@ -43,6 +43,11 @@ def at_trace(step: TrainStep, rows: int, double: bool, error: Untraced) -> Depar
     return Departure("trace", where, "", (), math.inf, 0.0, looks)
 
 
+def line_of(error: BaseException) -> str:
+    """file:line of the model's innermost line on the way to an error; "" where it has none."""
+    return _lines(error)[1]
+
+
 def _lines(error: BaseException) -> tuple[str, str]:
     """file:line of the innermost frame outside libraries, and of the innermost that is the model's, "" for none."""
     own = model = ""

@@ -8,9 +8,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from sharding.layout import Layout
+from sharding.proof.alike import common, decay
 from sharding.proof.bisect import Departure, placed
-from sharding.proof.budget import Budget, Compared, typical
-from sharding.proof.diagnose import Error, common, diagnose
+from sharding.proof.budget import Budget, Compared, norm_of, typical
+from sharding.proof.diagnose import Error, diagnose
 from sharding.proof.double import unit
 from sharding.proof.trial import Copies, Going, Leaves, Trial
 
@@ -108,17 +109,20 @@ def _of_leaf(
     fits = lies is not None and mine.ndim == len(lies.param.names)
     layout = getattr(lies, role) if fits else Layout(("",) * mine.ndim, ((),) * mine.ndim)
     axes, mine = now[0].uneven.get(f"{kind} {worst.path}", Copies((), mine))
+    types, sizes, shared = found.ready.types, step.split.layouts.sizes, ""
     if kind == "parameter":
         was = [t.params[path] for t in before] if before else [t.initial[path] for t in now]
         mine, right = mine - was[0], right - was[1]
-    sizes = step.split.layouts.sizes
-    shared = _shared(found, now) if kind == "gradient" and not axes else ""
-    looks = shared or diagnose(Error(mine, right, layout, sizes, worst.allowed, axes))
+        shared = decay(Error(mine, right, layout, sizes, worst.allowed, axes), was[1])
+    elif kind == "gradient" and not axes:
+        shared = _shared(found, now)
+    looks = shared or diagnose(Error(mine, right, layout, sizes, worst.allowed, axes, types=types))
     phase = "gradient" if kind == "gradient" else "update"
     what = f"the {'gradient of' if kind == 'gradient' else kind} {worst.path}"
     if phase == "update":
         what += f" after {_nth(at)}"
-    return Departure(phase, what, layout.text(), placed(layout), worst.error, worst.allowed, looks)
+    norm = norm_of(kind)
+    return Departure(phase, what, layout.text(), placed(layout), worst.error, worst.allowed, looks, norm)
 
 
 def _shared(found: Going, now: tuple[Trial, Trial]) -> str:
@@ -126,7 +130,8 @@ def _shared(found: Going, now: tuple[Trial, Trial]) -> str:
     step = found.ready.step
     whole = Layout((), ())
     pairs = [(g, now[1].gradients[p]) for p, g in now[0].gradients.items() if p in now[1].gradients]
-    return common([Error(f, w, whole, step.split.layouts.sizes, 0.0) for f, w in pairs])
+    norms = now[0].metrics[0]["grad_norm"], now[1].metrics[0]["grad_norm"]
+    return common([Error(f, w, whole, step.split.layouts.sizes, 0.0) for f, w in pairs], norms)
 
 
 def _of_metric(
@@ -135,7 +140,8 @@ def _of_metric(
     """A metric of the last update, whose gradients all agree if it is the first."""
     mine, right = (np.array(t.metrics[-1][worst.path]) for t in now)
     scalar = Layout((), ())
-    looks = diagnose(Error(mine, right, scalar, found.ready.step.split.layouts.sizes, worst.allowed))
+    sizes, types = found.ready.step.split.layouts.sizes, found.ready.types
+    looks = diagnose(Error(mine, right, scalar, sizes, worst.allowed, types=types))
     if worst.path == "grad_norm":
         looks += "; it is common to all gradients: they are clipped by it, and what follows from it departs as well"
     what = f"the metric {worst.path} of {_nth(at)}"

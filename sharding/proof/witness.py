@@ -18,7 +18,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from sharding.layout import Layout
 from sharding.partitioner import Manual
-from sharding.proof.double import widely, widened
+from sharding.proof.double import of_double, widely, widened
 from sharding.proof.trial import copies, host
 from sharding.region import Tap, enter
 from sharding.relayout import varying
@@ -65,7 +65,7 @@ def witness(
         rest = {p: step.sharding(lies.param) for p, lies in step.layouts.items()}
         held = {p: put(params[p], rest[p]) for p in step.layouts}
         rows = {k: put(batch[k], s) for k, s in step.batch_shardings().items()}
-        return _Listening(step, held, rows).run(wide)
+        return _Listening(step, held, rows, wide).run()
 
 
 def _natural(
@@ -92,16 +92,17 @@ class _Listener:
 class _Listening:
     """Two traces of one forward pass: the first finds what there is to hear, the second returns it."""
 
-    def __init__(self, step: TrainStep, params: dict[str, Any], batch: dict[str, Any]):
-        self.step, self.params, self.batch = step, params, batch
+    def __init__(self, step: TrainStep, params: dict[str, Any], batch: dict[str, Any], wide: bool):
+        self.step, self.params, self.batch, self.wide = step, params, batch, wide
         self.manual = isinstance(step.split.partitioner, Manual) and step.split.mesh is not None
         self.heard: list[tuple[Tap, Layout, tuple[str, ...], Any]] = []
 
-    def run(self, wide: bool) -> list[Seen]:
+    def run(self) -> list[Seen]:
         self._find()
         zeros = [self._zero(layout, shape) for _, layout, _, shape in self.heard]
-        made = jax.jit(widely(self._global) if wide else self._global)
-        values, gradients = made(self.params, self.batch, zeros)
+        made = jax.jit(widely(self._global, *self._types(), zeros) if self.wide else self._global)
+        given = jax.tree.map(lambda x: x.astype(widened(x.dtype)), zeros) if self.wide else zeros
+        values, gradients = made(self.params, self.batch, given)
         out = []
         for (tap, layout, replicas, _), value, gradient in zip(self.heard, values, gradients, strict=True):
             told = None if self.manual or self.step.split.mesh is None else copies(value)
@@ -126,6 +127,14 @@ class _Listening:
             if order is not None
         }
 
+    def _types(self) -> tuple[Any, Any]:
+        """What the model is traced at: what it is run with, or its own types where they may be narrower (`widely`)."""
+        if not self.wide:
+            return self.params, self.batch
+        typed = lambda x, dtype: jax.ShapeDtypeStruct(x.shape, dtype)
+        params = {p: typed(x, self.step.tree[p].dtype) for p, x in self.params.items()}
+        return params, {k: typed(x, self.step.model.inputs[k].dtype) for k, x in self.batch.items()}
+
     def _find(self) -> None:
         def note(tap: Tap, x: Array) -> None:
             layout = self.step.split.layouts.activation(tap.names)
@@ -141,7 +150,9 @@ class _Listening:
             with enter(self.step.region(listen=_Listener([], note))):
                 return self.step.objective(self._varied(params), batch)
 
-        jax.eval_shape(self._mapped(forward, PartitionSpec()), self.params, self.batch)
+        types = self._types()
+        with jax.enable_x64(of_double(types)):
+            jax.eval_shape(self._mapped(forward, PartitionSpec()), *types)
 
     def _varied(self, params: dict[str, Array]) -> dict[str, Array]:
         return self.step.contributed(params) if self.manual else params
