@@ -19,6 +19,7 @@ from models.transformer_config import TransformerConfig
 from models.vit_config import ViTConfig
 from sharding.axes import AXES, MeshShape
 from sharding.partitioner import Manual, Partitioner
+from sharding.pipeline.grid import Schedule
 from sharding.rule import Rules
 from sharding.rules.context import context
 from sharding.rules.data import data
@@ -33,6 +34,9 @@ from sharding.rules.tensor2d import tensor2d
 from sharding.rules.ulysses import ulysses
 from sharding.rules.zero1 import zero1
 from sharding.rules.zero2 import zero2
+from sharding.schedules.interleaved import Interleaved
+from sharding.schedules.one_f_one_b import OneFOneB
+from sharding.schedules.zero_bubble import ZeroBubble
 
 SIZES: dict[str, Any] = {
     "vocab": 2048, "layers": 2, "embed": 256, "heads": 16, "kv_heads": 16, "head_dim": 32, "mlp": 1024, "length": 256,
@@ -73,6 +77,13 @@ CASES: dict[str, tuple[Any, Rules, dict[str, int]]] = {
         data() | spatial(),
         {"data": 2, "context": 4},
     ),
+    "pipeline": (
+        dataclasses.replace(SCANNED, layers=4),
+        fsdp() | tensor(),
+        {"stage": 2, "fsdp": 2, "tensor": 2},
+    ),
+    "zero bubble": (dataclasses.replace(KEPT, layers=8), data(), {"stage": 4, "data": 2}),
+    "interleaved": (dataclasses.replace(WORDS, layers=8), data(), {"stage": 2, "data": 4}),
     "local": (
         LocalConfig(**IMAGES, embed=64, mlp=128, kernel=3, layers=2),
         data() | spatial(),
@@ -85,6 +96,12 @@ CASES: dict[str, tuple[Any, Rules, dict[str, int]]] = {
     ),
 }
 """Name -> model, rules, and the mesh on eight devices."""
+SCHEDULES: dict[str, Schedule] = {
+    "pipeline": OneFOneB(4),
+    "zero bubble": ZeroBubble(4),
+    "interleaved": Interleaved(4, 2),
+}
+"""Those of them that are pipelines."""
 
 
 def case(
@@ -110,6 +127,7 @@ def case(
         batch=ROWS,
         steps=10,
         accumulate=accumulate,
+        pipeline=SCHEDULES.get(name),
     )
 
 

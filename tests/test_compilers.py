@@ -69,9 +69,13 @@ def accounted(found: Compiled) -> dict[str, int]:
     return {d.name: d.predicted[1] for d in departures}
 
 
-def test_the_cpu_compiler_emits_what_was_traced(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "name",
+    ["hsdp", "pipeline", *(pytest.param(c, marks=pytest.mark.slow) for c in ("zero bubble", "interleaved"))],
+)
+def test_the_cpu_compiler_emits_what_was_traced(name: str, tmp_path: Path) -> None:
     said: list[str] = []
-    found = compiled(tmp_path, "hsdp", "cpu:8", tell=said.append)
+    found = compiled(tmp_path, name, "cpu:8", tell=said.append)
     assert found.traced
     assert per_axis(list(found.collectives)) == per_axis(list(found.traced))
     assert found.differences() == []

@@ -234,7 +234,14 @@ def test_parameters_are_gathered_once_a_step_or_at_each_use() -> None:
             c.times for c in collectives(seen, sizes) if c.kind == "all-gather" and c.axes == ("fsdp",)
         )
 
+    def reductions(gathered: Any) -> list[str]:
+        seen = traced(TRANSFORMER, OneFOneB(4), 2, "fsdp", partitioner=Manual(gathered=gathered))
+        found = [c for c in collectives(seen, {"stage": 2, "fsdp": 2}) if c.axes == ("fsdp",) and c.shape]
+        return [c.kind for c in found for _ in range(c.times) if c.kind != "all-gather"]
+
     arrays = len(initial_params(TRANSFORMER))
+    assert reductions("keep") == ["reduce-scatter"] * arrays
+    assert len(reductions("regather")) > 4 * arrays
     assert gathers("keep") == gathers("auto") == arrays
     assert gathers("regather") > 4 * arrays
 

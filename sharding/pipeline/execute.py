@@ -24,7 +24,7 @@ from sharding.pipeline.parts import AXIS, Params, Parts, Shares, Tree, found, ga
 from sharding.pipeline.tables import tables
 from sharding.pipeline.traced import Passes, Program, passes, program
 from sharding.region import Region
-from sharding.relayout import relayout, retyped, vary, varying_of
+from sharding.relayout import relayout, retyped, vary, varying, varying_of
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,8 @@ def pipelined(
     parts = Parts(model, region)
     shares = Shares(found(parts, params, first), grid, region)
     once = gathers_once(region)
-    ready = lambda params: _ready(params, shares, region, once)
+    over = frozenset().union(*map(varying, batch.values()))
+    ready = lambda params: _ready(params, shares, region, once, over)
     (own, outer), back = jax.vjp(ready, params)
     region.brought = _brought(region, shares, once)
     tasks = _traced(parts, shares, own, outer, first)
@@ -77,13 +78,15 @@ def _micro_batches(batch: Mapping[str, Array], n: int) -> dict[str, Array]:
     return {k: x.reshape(n, rows // n, *x.shape[1:]) for k, x in batch.items()}
 
 
-def _ready(params: Params, shares: Shares, region: Region, once: bool) -> tuple[Params, Params]:
-    """(this stage's layers by path in the block, all other parameters by path)."""
-    own = {inner: shares.own(p, params[p], once) for p, inner in shares.paths.items()}
+def _ready(
+    params: Params, shares: Shares, region: Region, once: bool, over: frozenset[str]
+) -> tuple[Params, Params]:
+    """(this stage's layers by path in the block, all other parameters by path). over: the axes that split the batch."""
+    own = {inner: shares.own(p, params[p], once, over) for p, inner in shares.paths.items()}
     outer = {p: w for p, w in params.items() if p not in shares.paths}
     if once:
         lies = region.layouts.params
-        outer = {p: relayout(w, lies[p].param.dims, lies[p].compute.dims) for p, w in outer.items()}
+        outer = {p: relayout(w, lies[p].param.dims, lies[p].compute.dims, over) for p, w in outer.items()}
     return own, outer
 
 

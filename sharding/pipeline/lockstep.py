@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 
 from sharding.pipeline.parts import AXIS, Params, Shares, Tree
@@ -49,22 +50,17 @@ class Lockstep:
         state = self._start()
         for block in self.table.blocks:
             end = block.first + block.repeats * block.ticks
-            rows = {name: jnp.asarray(row[block.first : end]) for name, row in self.table.rows.items()}
+            turns = {
+                k: row[block.first : end].reshape(block.repeats, block.ticks, -1)
+                for k, row in self.table.rows.items()
+            }
+            runs = _Runs(self, block.runs, turns)
             if block.repeats == 1:
-                state = self._runs(block.runs, state, rows)
-                continue
-            turns = {k: row.reshape(block.repeats, block.ticks, *row.shape[1:]) for k, row in rows.items()}
-            state = lax.scan(lambda s, r, runs=block.runs: (self._runs(runs, s, r), None), state, turns)[0]
+                state = runs(state, {name: jnp.asarray(row[0]) for name, row in turns.items()})
+            else:
+                rows = {name: jnp.asarray(row) for name, row in turns.items()}
+                state = lax.scan(lambda s, r, runs=runs: (runs(s, r), None), state, rows)[0]
         return state["sums"], state["own"], state["outer"]
-
-    def _runs(self, runs: Sequence[tuple[Sequence[str], int]], state: State, rows: Rows) -> State:
-        at = 0
-        for slots, ticks in runs:
-            part = {name: row[at : at + ticks] for name, row in rows.items()}
-            at += ticks
-            tick = lambda s, row, slots=slots: (_Tick(self, frozenset(slots), s, row).done(), None)
-            state = lax.scan(tick, state, part)[0]
-        return state
 
     def _start(self) -> State:
         """Empty buffers and sums that are zero, of the types that the tasks make."""
@@ -98,11 +94,41 @@ class Lockstep:
         return fixed.flat([*jax.tree.leaves(weights), *rest])
 
 
-class _Tick:
-    """What a device does in one tick."""
+class _Runs:
+    """Runs of ticks one after another, each a loop. `turns`: their tables, [repeat, tick, stage], before they are traced."""
 
-    def __init__(self, whole: Lockstep, slots: frozenset[str], state: State, rows: Rows):
+    def __init__(
+        self, whole: Lockstep, runs: Sequence[tuple[Sequence[Slot], int]], turns: Mapping[str, np.ndarray]
+    ):
+        self.whole, self.runs, self.turns = whole, runs, turns
+
+    def __call__(self, state: State, rows: Rows) -> State:
+        at = 0
+        for slots, ticks in self.runs:
+            now = slice(at, at + ticks)
+            reached = {k: x[:, now].any(axis=(0, 1)) for k, x in self.turns.items() if ".arrives" in k}
+            tick = lambda s, row, slots=slots, reached=reached: (
+                _Tick(self.whole, frozenset(slots), s, row, reached).done(),
+                None,
+            )
+            state = lax.scan(tick, state, {name: row[now] for name, row in rows.items()})[0]
+            at += ticks
+        return state
+
+
+class _Tick:
+    """What a device does in one tick. `reached`: for each kind of message the stages that get one in the ticks of this run."""
+
+    def __init__(
+        self,
+        whole: Lockstep,
+        slots: frozenset[str],
+        state: State,
+        rows: Rows,
+        reached: Mapping[str, np.ndarray],
+    ):
         self.whole, self.tasks, self.slots, self.rows = whole, whole.tasks, slots, rows
+        self.reached = reached
         self.state, self.here = dict(state), lax.axis_index(AXIS)
 
     def done(self) -> State:
@@ -183,8 +209,9 @@ class _Tick:
         n, tables = self.whole.grid.stages, self.whole.table
         for shift in tables.shifts[kind]:
             arrives = f"{box}.arrives{shift}"
-            to = [s for s in range(n) if tables.rows[arrives][:, s].any()]
-            pairs = [((s - shift) % n, s) for s in to]
+            pairs = [((s - shift) % n, s) for s in range(n) if self.reached[arrives][s]]
+            if not pairs:
+                continue
             slot = self._mine(arrives)
             at = jnp.maximum(slot - 1, 0)
             for i, (pool, x) in enumerate(zip(self.state[box], jax.tree.leaves(made), strict=True)):

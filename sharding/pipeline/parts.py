@@ -133,15 +133,18 @@ class Shares:
             found[path] = replace(lies, param=Layout(param.names, dims, param.reasons, param.declined))
         return found
 
-    def own(self, path: str, w: Array, gathered: bool) -> Array:
-        """A parameter at rest, [layer, ...] -> this stage's layers of it, [chunk, layer, ...]; whole if `gathered`."""
+    def own(self, path: str, w: Array, gathered: bool, contributed: frozenset[str]) -> Array:
+        """A parameter at rest, [layer, ...] -> this stage's layers of it, [chunk, layer, ...]; whole if `gathered`.
+
+        contributed: axes over which gradients are contributions, to be reduced where the parameter was gathered.
+        """
         rest, compute = self.lies[path].param.dims, self.lies[path].compute.dims
         if not self.contiguous:
             staged: Dims = ((AXIS,), *_without(rest)[1:])
             w = relayout(jnp.take(w, jnp.asarray(self.table.reshape(-1)), axis=0), rest, staged)
             rest, compute = staged, ((AXIS,), *compute[1:])
         if gathered:
-            w = relayout(w, rest, compute)
+            w = relayout(w, rest, compute, contributed)
         return w.reshape(self.grid.chunks, -1, *w.shape[1:])
 
     def fills(self, chunk: Array) -> Array | None:
