@@ -116,7 +116,7 @@ def rules_on(experiment: Experiment, tree: Mapping[str, ParamSpec], sizes: Mappi
             )
         return experiment.rules
     grid = grid_of(experiment.pipeline, sizes["stage"])
-    require_sound(grid, written(experiment.pipeline))
+    require_sound(grid, f"{written(experiment.pipeline)} on {sizes['stage']} stages", sizes["stage"])
     if own or sizes["stage"] == 1:
         return experiment.rules
     depths = {spec.shape[0] for spec in tree.values() if spec.names[:1] == ("layers",)}

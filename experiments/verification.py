@@ -51,7 +51,8 @@ def cases(
     """The cases of a config: its own mesh first, then every mesh of up to `devices` devices, under both partitioners."""
     model = experiment.model.build()
     inputs = [tuple(entry.names.split()) for entry in model.inputs.values()]
-    rules = experiment.rules | stages() if experiment.pipeline else experiment.rules
+    own = any(r.call.startswith("stages(") for r in experiment.rules.chain)
+    rules = experiment.rules | stages() if experiment.pipeline and not own else experiment.rules
     legal = list(meshes) or shapes(axes_of(rules, declare(model), inputs), devices)
     own = [] if meshes else [m for m in legal if m.sizes() == experiment.mesh.sizes()]
     ordered = [*own, *(m for m in legal if m not in own)]

@@ -8,6 +8,7 @@ from typing import Any, Literal, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import Array, lax
 from jax.ad_checkpoint import checkpoint_policies
@@ -120,9 +121,12 @@ class Stack:
         scanned = self.loop == "scan" or (self.loop == "auto" and (here > UNROLL_UP_TO or not cpu))
 
         def layer(carry: C, held: dict[str, Array]) -> C:
-            made = self.call(bind(self.block, held), carry, *beside)
             on = held.get(LIVE)
-            return made if on is None else jax.tree.map(lambda x, y: jnp.where(on, x, y), made, carry)
+            if on is None:
+                return self.call(bind(self.block, held), carry, *beside)
+            own = {path: w for path, w in held.items() if path != LIVE}
+            made = self.call(bind(self.block, _heeded(on, own)), _heeded(on, carry), *beside)
+            return jax.tree.map(lambda x, y: jnp.where(on, x, y), made, carry)
 
         if region is not None and region.listen is not None:
             return (
@@ -137,6 +141,19 @@ class Stack:
         check_words(self.remat, made, type(self.block).__name__)
         return carry
 
+
+@jax.custom_vjp
+def _heeded(on: Array, tree: C) -> C:
+    """`tree`, whose gradient is zero unless `on`, also where what comes back is infinite or no number."""
+    return tree
+
+
+def _heeded_back(on: Array, cotangents: C) -> tuple[np.ndarray, C]:
+    none = np.zeros(on.shape, jax.dtypes.float0)
+    return none, jax.tree.map(lambda g: jnp.where(on, g, jnp.zeros_like(g)), cotangents)
+
+
+_heeded.defvjp(lambda on, tree: (tree, on), _heeded_back)
 
 LIVE = ""
 """The path under which a stack that is not full says of each layer whether it is one."""

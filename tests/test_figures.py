@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from experiments import cli
 from experiments.commands import figures
 from experiments.records import Header, MissingRecords, RecordError, Records, installed_versions, read
-from paper_figures import build, loss_curves, scaling, style
+from paper_figures import build, loss_curves, pipeline_memory, scaling, style
 
 ROOT = Path(__file__).resolve().parent.parent
 HEADER = Header(
@@ -118,6 +118,17 @@ def pods(path: Path) -> Path:
     return path
 
 
+def pipelines(path: Path) -> Path:
+    """Made-up records of two schedules of a pipeline: bytes against micro-batches."""
+    with Records(path, replace(HEADER, run="synthetic-pipeline", mesh={"stage": 4})) as records:
+        for cost, schedule in enumerate(("gpipe", "1f1b")):
+            for m in (4, 8, 16):
+                where, slots = {"schedule": schedule, "stages": 4, "microbatches": m}, 7 if cost else m
+                records.write("pipeline_buffers", "modelled", where | {"counted_bytes": slots << 20})
+                records.write("pipeline_memory", "compiled", where | {"temp_bytes": (slots << 20) + 4096})
+    return path
+
+
 @pytest.fixture(scope="module")
 def synthetic(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One file with all that the figures of this repository draw from."""
@@ -125,6 +136,7 @@ def synthetic(tmp_path_factory: pytest.TempPathFactory) -> Path:
     train(path)
     layouts(path)
     pods(path)
+    pipelines(path)
     return sweep(path, header=replace(HEADER, run="synthetic-sweep"))
 
 
@@ -203,6 +215,22 @@ def test_the_check_for_jax_sees_a_figure_that_imports_it(tmp_path: Path) -> None
     )
     environment = os.environ | {"PYTHONPATH": str(tmp_path)}
     subprocess.run([sys.executable, "-c", script, str(mine)], cwd=ROOT, env=environment, check=True)
+
+
+def test_a_pipelines_memory_is_drawn_as_its_records_say(tmp_path: Path) -> None:
+    counted, compiled = pipeline_memory.draw(read(pipelines(tmp_path / "a.jsonl"))).axes
+    heights = lambda axes: [np.asarray(line.get_ydata()).tolist() for line in axes.get_lines()]
+    assert heights(counted) == [[4.0, 8.0, 16.0], [7.0, 7.0, 7.0]]
+    assert heights(compiled) == [[n + 2**-8 for n in row] for row in heights(counted)]
+
+
+def test_a_pipelines_memory_is_not_drawn_from_a_model_in_place_of_a_compilation(tmp_path: Path) -> None:
+    rows = read(pipelines(tmp_path / "a.jsonl"))
+    with Records(tmp_path / "b.jsonl", replace(HEADER, run="modelled")) as records:
+        for r in rows:
+            records.write(r.kind, "modelled", r.values)
+    with pytest.raises(RecordError, match="pipeline_memory records are modelled"):
+        build.build("pipeline_memory", tmp_path, ("svg",), [tmp_path / "b.jsonl"])
 
 
 def test_mixed_provenance_is_refused(tmp_path: Path) -> None:

@@ -10,17 +10,24 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
+from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.extend.core import ClosedJaxpr
 
+from experiments.schedules.named import grid_of
 from sharding.axes import MeshShape
 from sharding.errors import InputError
+from sharding.layers import layers
 from sharding.ledger import collectives, equations, flops
+from sharding.ops import einsum
+from sharding.params import Entry, initial, normal, param, stack
 from sharding.partitioner import Manual
 from sharding.pipeline import lockstep
-from sharding.pipeline.grid import Place, Schedule
+from sharding.pipeline.check import require_sound
+from sharding.pipeline.grid import Grid, Place, Schedule, Task
 from sharding.pipeline.halves import Halves
 from sharding.rule import Rules
 from sharding.rules.context import context
@@ -133,6 +140,8 @@ SLOW: dict[str, Callable[[], None]] = {
         dataclasses.replace(TRANSFORMER, layers=5), Interleaved(4, 2), 2, "tensor"
     ),
     "one stage": lambda: agrees(TRANSFORMER, OneFOneB(4), 1, "fsdp"),
+    "experts, unequal stages": lambda: agrees(dataclasses.replace(MOE, layers=3), OneFOneB(2), 2, "expert"),
+    "experts, virtual stages": lambda: agrees(dataclasses.replace(MOE, layers=4), Interleaved(2, 2), 2),
 }
 
 
@@ -142,12 +151,16 @@ def test_a_pipeline_composes_with(case: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("beside", ["alone", "fsdp", "tensor", "context"])
-@pytest.mark.parametrize("stage", [2, 4, 8])
+@pytest.mark.parametrize(
+    ("stage", "beside"),
+    [
+        (8, "alone"),
+        *((stage, beside) for stage in (2, 4) for beside in ("alone", "fsdp", "tensor", "context")),
+    ],
+)
 @pytest.mark.parametrize("name", kinds())
 def test_each_schedule_with_each_split_in_double(name: str, stage: int, beside: str) -> None:
     sizes, rules = BESIDE[beside]
-    stage = stage if not sizes else min(stage, 4)
     schedule = kinds()[name](microbatches=8)
     config = dataclasses.replace(TRANSFORMER, layers=max(4, schedule.grid(stage).chunks * stage))
     chain = staged(config, schedule, rules, stage)
@@ -272,6 +285,107 @@ def test_parameters_are_gathered_once_a_step_or_at_each_use() -> None:
 def test_what_cannot_be_a_pipeline_is_refused(make: Callable[[], Any], said: str) -> None:
     with pytest.raises(InputError, match=said):
         make()
+
+
+class Towers(nnx.Module):
+    """1.5 exp(x) in each layer: the third makes about a thousand, a fourth infinity. What else its loss does is planted."""
+
+    def __init__(self, plant: str):
+        self.plant = plant
+        self.inputs = {"x": Entry("batch embed", (8,), "float32"), "weights": Entry("batch", (), "float32")}
+        self.enter = param("embed mlp", (8, 8), normal(1.0))
+        self.layers = stack(Tower(), 3)
+
+    def loss(self, batch: dict[str, Any]) -> dict[str, Any]:
+        x = einsum("batch embed, embed mlp -> batch mlp", batch["x"], self.enter)
+        beside = {"beside": (x,), "entry": (batch["x"],)}.get(self.plant, ())
+        run = lambda x: layers(self.layers, x, "none", "unroll", beside)
+        y = jax.checkpoint(run)(x) if self.plant == "checkpoint" else run(x)
+        rows = einsum("batch mlp -> batch", y) * batch["weights"]
+        total = einsum("batch ->", rows)
+        if self.plant == "again":
+            total = total + einsum("layers mlp, layers mlp ->", self.layers.scale, self.layers.scale)
+        return {"loss": total, "weight": einsum("batch ->", batch["weights"])}
+
+
+class Tower(nnx.Module):
+    """A layer of `Towers`."""
+
+    def __init__(self) -> None:
+        self.scale = param("mlp", (8,), normal(1.0))
+
+    def __call__(self, x: Any, *beside: Any) -> Any:
+        grown = 1.5 * jnp.exp(x + 0.01 * self.scale.get_value()[None])
+        return grown + sum((b for b in beside), jnp.zeros_like(x))
+
+
+def towers(plant: str) -> Any:
+    """A pipelined step of it, and the plain one."""
+    rules = stages(order="spread")
+    make = lambda *args, **more: make_step(None, *args, model=Towers(plant), schedule=OneFOneB(2), **more)
+    return make(rules, MeshShape(stage=2)), make()
+
+
+@pytest.mark.parametrize("plant", ["", "entry"])
+def test_what_only_fills_a_stage_spoils_no_gradient(plant: str) -> None:
+    """The last layer's double, by which the stage with fewer layers passes, overflows; no infinity reaches a gradient."""
+    step, plain = towers(plant)
+    rows = {"x": np.full((4, 8), 1e-3, np.float32), "weights": np.ones(4, np.float32)}
+    whole = initial(plain.tree, 0)
+    found, expected = (train(s, jax.device_get(whole), [rows]) for s in (step, plain))
+    assert all(np.isfinite(g).all() for g in expected.gradients[0].values())
+    assert_same(found, expected, 1e-4)
+
+
+@pytest.mark.parametrize(
+    ("plant", "said"),
+    [
+        ("beside", "depends on the parameter enter"),
+        ("again", "uses layers.scale outside its layers"),
+        ("checkpoint", "within a jax.checkpoint"),
+    ],
+)
+def test_a_gradient_that_would_be_lost_is_refused(plant: str, said: str) -> None:
+    step, _ = towers(plant)
+    with pytest.raises(InputError, match=said):
+        jax.make_jaxpr(step.update)(step.abstract_state(), step.abstract_batch(4))
+
+
+def test_a_grid_of_other_stages_or_micro_batches_than_it_says_is_refused() -> None:
+    @dataclasses.dataclass(frozen=True)
+    class Two:
+        microbatches: int = 4
+
+        def grid(self, stages: int) -> Any:
+            return OneFOneB(self.microbatches).grid(2)
+
+    step = make_step(TRANSFORMER, stages(), MeshShape(stage=4), schedule=Two())
+    with pytest.raises(InputError, match="grid has 2 stages, but mesh axis stage has 4"):
+        jax.make_jaxpr(step.update)(step.abstract_state(), step.abstract_batch(16))
+
+    @dataclasses.dataclass(frozen=True)
+    class Fewer:
+        microbatches: int = 8
+
+        def grid(self, stages: int) -> Any:
+            return OneFOneB(4).grid(stages)
+
+    with pytest.raises(InputError, match="has 4 micro-batches, but the schedule says microbatches=8"):
+        grid_of(Fewer(), 4)
+
+
+@pytest.mark.parametrize(
+    "grid",
+    [
+        Grid(((None,),), (Place(0),), 1),  # type: ignore[arg-type]
+        Grid((((Task("F", 0.5),),),), (Place(0),), 1),  # type: ignore[arg-type]
+        Grid((((Task("F", 0),),),), (0,), 1),  # type: ignore[arg-type]
+        Grid((((Task("F", 0),),),), (Place(0),), 1.0),  # type: ignore[arg-type]
+    ],
+)
+def test_a_grid_of_other_things_than_tasks_and_places_is_refused(grid: Grid) -> None:
+    with pytest.raises(InputError, match="Change"):
+        require_sound(grid, "a user's")
 
 
 def test_the_halves_of_a_function_are_the_whole() -> None:

@@ -170,6 +170,11 @@ def grid_of(schedule: Schedule, stages: int) -> Grid:
             f"grid({stages}) of {written(schedule)} returns a {type(grid).__name__}, but it is to return a "
             f"sharding.pipeline.grid.Grid, as sharding.pipeline.grid.placed makes it."
         )
+    if grid.microbatches != schedule.microbatches:
+        raise InputError(
+            f"grid({stages}) of {written(schedule)} has {grid.microbatches} micro-batches, but the schedule says "
+            f"microbatches={schedule.microbatches}, by which the batch is divided. Make them the same."
+        )
     return grid
 
 

@@ -7,7 +7,7 @@ task before what it waits for.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from sharding.errors import InputError
@@ -33,6 +33,8 @@ def first_fault(grid: Grid, stages: int | None = None, stash: int | None = None)
     keep, see `sharding.pipeline.clocks.stash`. Cells that are wrong by themselves come first, then those before what
     they need, then tasks that stand nowhere.
     """
+    if says := _kinds(grid):
+        return _whole(says)
     checks = (_path(grid, stages), _cells(grid), _order(grid), _missing(grid), _bound(grid, stash))
     return next((found for check in checks for found in check), None)
 
@@ -45,6 +47,24 @@ def require_sound(grid: Grid, source: str, stages: int | None = None, stash: int
 
 def _whole(says: str) -> Fault:
     return Fault(None, None, None, says)
+
+
+def _kinds(grid: Grid) -> str:
+    """What of the grid is not of its type, which a user's own may not be; "" where all is."""
+    whole: Callable[..., bool] = lambda *numbers: all(type(n) is int for n in numbers)
+    if not whole(grid.microbatches):
+        return f"Its microbatches are {grid.microbatches!r}, but they are a whole number. Change them."
+    for at, place in enumerate(grid.path):
+        if not isinstance(place, Place) or not whole(place.stage, place.chunk):
+            return f"Place {at} of its path is {place!r}, but it is a Place of two whole numbers. Change it."
+    for tick, row in enumerate(grid.cells):
+        for stage, cell in enumerate(row):
+            if not isinstance(cell, tuple):
+                return f"The cell of tick {tick} and stage {stage} is {cell!r}, but it is a tuple of Task. Change it."
+            for task in cell:
+                if isinstance(task, Task) and not whole(task.microbatch, task.chunk):
+                    return f"In tick {tick} stage {stage} does {task!r}, whose numbers are to be whole. Change it."
+    return ""
 
 
 def _path(grid: Grid, stages: int | None) -> Iterator[Fault]:

@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, typeof
 
 from sharding.errors import InputError
 from sharding.layout import ParamLayouts
@@ -22,7 +22,7 @@ from sharding.pipeline.grid import Grid
 from sharding.pipeline.lockstep import Lockstep
 from sharding.pipeline.parts import AXIS, Params, Parts, Shares, Tree, found, gathers_once
 from sharding.pipeline.tables import tables
-from sharding.pipeline.traced import Passes, Program, passes, program
+from sharding.pipeline.traced import Passes, Program, apart, passes, program
 from sharding.region import Region
 from sharding.relayout import relayout, retyped, vary, varying, varying_of
 
@@ -100,10 +100,17 @@ def _traced(parts: Parts, shares: Shares, own: Params, outer: Params, first: Map
     """Each task's program. The stack of layers has one chunk's arrays wherever only its place is looked for."""
     stack = found(parts, {**outer, **{p: own[inner][0] for p, inner in shares.paths.items()}}, first)
     chunk = {inner: w[0] for inner, w in own.items()}
-    params = lambda outer: {**outer, **{p: chunk[inner] for p, inner in shares.paths.items()}}
-    enter = program(lambda outer, batch: parts.reached(params(outer), batch).carry, outer, first)
+    # Before and after the layers their parameters are only looked at: equal on all stages, as all else there is.
+    looked = {p: retyped(typeof(w), varying(w) - {AXIS}) for p, w in chunk.items()}
+    params = lambda chunk, outer: {**outer, **{p: chunk[inner] for p, inner in shares.paths.items()}}
+    enter = _without(
+        shares, looked, lambda c, outer, batch: parts.reached(params(c, outer), batch).carry, outer, first
+    )
+    _check_carried(enter.gives())
     mine = {k: vary(x, frozenset((AXIS,))) for k, x in first.items()}
-    beside = program(lambda batch: parts.reached(params(outer), batch).beside, mine)
+    beside = _beside(
+        shares, looked, lambda c, outer, batch: parts.reached(params(c, outer), batch).beside, outer, mine
+    )
     lead = shares.fills(vary(jnp.int32(0), frozenset((AXIS,))))
     given = (lead, beside.gives())
     run = lambda weights, carry, given: stack.run(weights, carry, given[1], given[0])
@@ -111,9 +118,9 @@ def _traced(parts: Parts, shares: Shares, own: Params, outer: Params, first: Map
     alike = lambda *args: jax.tree.map(lambda x, a: vary(x, varying_of(a)), run(*args), carry)
     whole = jax.tree.map(lambda a: retyped(a, varying_of(a) - {AXIS}), carry)
 
-    def loss(outer: Params, carry: Tree, batch: Mapping[str, Array]) -> Tree:
+    def loss(chunk: Params, outer: Params, carry: Tree, batch: Mapping[str, Array]) -> Tree:
         def of(outer: Params, carry: Tree) -> Tree:
-            sums = parts.sums(params(outer), carry, batch)
+            sums = parts.sums(params(chunk, outer), carry, batch)
             return objective(sums), sums
 
         (_, sums), (d_outer, d_carry) = jax.value_and_grad(of, argnums=(0, 1), has_aux=True)(outer, carry)
@@ -127,11 +134,47 @@ def _traced(parts: Parts, shares: Shares, own: Params, outer: Params, first: Map
         enter,
         beside,
         passes(alike, shares.grid.splits, chunk, carry, given),
-        program(loss, outer, whole, first),
+        _without(shares, looked, loss, outer, whole, first),
         program(entered, outer, first, whole),
         carry,
         whole,
     )
+
+
+def _without(shares: Shares, looked: Params, f: Callable[..., Tree], *args: Tree) -> Program:
+    """`f(the layers' parameters, *args)` as a program of `args`. Raises InputError where it needs the parameters after all."""
+    made, used = apart(f, looked, *args)
+    if any(used):
+        (path, *_) = (p for p, u in zip(sorted(looked), used, strict=True) if u)
+        (path,) = (p for p, inner in shares.paths.items() if inner == path)
+        raise InputError(
+            f"The model uses {path} outside its layers as well, but in a pipeline a stage has its own layers' parameters "
+            f"alone. Give the model a parameter of its own for it, or set pipeline to none."
+        )
+    return made
+
+
+def _beside(shares: Shares, looked: Params, f: Callable[..., Tree], outer: Params, batch: Tree) -> Program:
+    """What every layer is given, as a program of the batch. Raises InputError where it depends on parameters."""
+    made, used = apart(lambda given, batch: f(*given, batch), (looked, outer), batch)
+    named = [*(p for inner in sorted(looked) for p, i in shares.paths.items() if i == inner), *sorted(outer)]
+    if any(used):
+        path = next(p for p, u in zip(named, used, strict=True) if u)
+        raise InputError(
+            f"What every layer is given (beside) depends on the parameter {path}, but in a pipeline each stage makes it anew "
+            f"from the batch alone, and it has no gradient. Let it go through the layers with the activation, or set "
+            f"pipeline to none."
+        )
+    return made
+
+
+def _check_carried(carry: Tree) -> None:
+    for keys, a in jax.tree_util.tree_flatten_with_path(carry)[0]:
+        if not jnp.issubdtype(a.dtype, jnp.inexact):
+            raise InputError(
+                f"What goes through the layers has whole numbers ({a.dtype}) at {jax.tree_util.keystr(keys)}, but a pipeline "
+                f"sends back a gradient for all that it sends on. Make this sum a float."
+            )
 
 
 def _settled(run: Callable[..., Tree], weights: Params, carry: Tree, given: Tree) -> Tree:

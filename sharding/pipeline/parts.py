@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
+from jax.extend.core import get_opaque_trace_state
 
 from sharding.errors import InputError
 from sharding.layers import Stack
@@ -44,8 +45,10 @@ class Parts:
 
     def reached(self, params: Params, batch: Mapping[str, Array]) -> Reached:
         """What the model calls its layers with. Raises InputError for one that calls none."""
+        here = get_opaque_trace_state(convention="nnx")
 
         def stop(*given: Any) -> Any:
+            self._in_the_open(here)
             raise Reached(*given)
 
         with self._through(stop):
@@ -60,9 +63,10 @@ class Parts:
 
     def sums(self, params: Params, carry: Tree, batch: Mapping[str, Array]) -> dict[str, Array]:
         """The model's sums, `carry` being what its layers made. Raises InputError for a model with several stacks."""
-        calls = []
+        calls, here = [], get_opaque_trace_state(convention="nnx")
 
         def resume(*given: Any) -> Tree:
+            self._in_the_open(here)
             calls.append(given)
             if len(calls) > 1:
                 raise InputError(
@@ -73,6 +77,13 @@ class Parts:
 
         with self._through(resume):
             return bind(self.model, params).loss(dict(batch))
+
+    def _in_the_open(self, here: object) -> None:
+        if get_opaque_trace_state(convention="nnx") != here:
+            raise InputError(
+                f"{type(self.model).__name__} calls its layers within a jax.checkpoint, scan or jit of its own, where a "
+                f"pipeline cannot cut them into stages. Call them outside it; their own remat is an option of `layers`."
+            )
 
     @contextmanager
     def _through(self, what: Any) -> Iterator[None]:
@@ -88,10 +99,15 @@ class Shares:
 
     def __init__(self, stack: Stack, grid: Grid, region: Region):
         self.grid, self.region, depth, parts = grid, region, stack.depth, len(grid.path)
+        if grid.stages != lax.axis_size(AXIS):
+            raise InputError(
+                f"The pipeline's grid has {grid.stages} stages, but mesh axis {AXIS} has {lax.axis_size(AXIS)} devices. "
+                f"Change one."
+            )
         if depth < parts:
             raise InputError(
                 f"{depth} layers cannot be cut into the {parts} parts of this pipeline ({grid.stages} stages of "
-                f"{grid.chunks} each). Set mesh axis {AXIS} to {max(1, depth // grid.chunks)} or give the model more layers."
+                f"{grid.chunks} each). Take fewer stages or chunks, or give the model {parts} layers or more."
             )
         self.paths = {variable.path: path for path, variable in stack.variables().items()}
         sizes = [depth // parts + (part < depth % parts) for part in range(parts)]
@@ -116,6 +132,14 @@ class Shares:
             raise InputError(
                 f"{rules} lay {stack.depth} layers on {self.grid.stages} stages one after another, but this schedule gives "
                 f"each stage others, or not each as many. Give the rule stages order='spread'."
+            )
+        inside = [
+            p for p, lies in self.lies.items() if AXIS in {a for dim in lies.compute.dims[1:] for a in dim}
+        ]
+        if inside:
+            raise InputError(
+                f"{rules} split {inside[0]}, a parameter of a layer, over {AXIS} in use, but the stages have different layers, "
+                f"which cannot share one. Use other axes within the layers; for a vocabulary there, stages(vocab='whole')."
             )
         if not self.contiguous and over != {()}:
             ways = " and over ".join(" x ".join(axes) or "nothing" for axes in sorted(over))

@@ -16,9 +16,15 @@ import jax.core
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, Var
 from jax.interpreters.partial_eval import dce_jaxpr
 
+from sharding.errors import InputError
 from sharding.pipeline.halves import Halves
 
 Tree = Any
+
+OUTSIDE = (
+    "A layer uses a parameter or a batch entry that it is not given: a pipeline gives each stage its own layers, what goes "
+    "through them and `beside`. Put the parameter into the block, or pass the entry to the layers as beside=(...)."
+)
 
 
 @dataclass(frozen=True)
@@ -46,6 +52,16 @@ def program(f: Callable[..., Tree], *args: Tree) -> Program:
     """`f` traced for arrays, or types, like these, without what its results do not need: not one collective in vain."""
     closed, shape = jax.make_jaxpr(f, return_shape=True)(*args)
     return _giving(closed, closed.jaxpr.outvars, jax.tree.structure(shape))
+
+
+def apart(f: Callable[..., Tree], unused: Tree, *args: Tree) -> tuple[Program, list[bool]]:
+    """The program of `f(unused, *args)` as one of `args` alone, and which leaves of `unused` its results need after all."""
+    closed, shape = jax.make_jaxpr(f, return_shape=True)(unused, *args)
+    n, inputs = len(jax.tree.leaves(unused)), closed.jaxpr.invars
+    jaxpr, used = dce_jaxpr(
+        closed.jaxpr, [True] * len(closed.jaxpr.outvars), [i >= n for i in range(len(inputs))]
+    )
+    return Program(jaxpr, closed.consts, jax.tree.structure(shape)), list(used[:n])
 
 
 def _giving(closed: ClosedJaxpr, outvars: Sequence[Any], out: Any) -> Program:
@@ -91,7 +107,7 @@ def passes(run: Callable[..., Tree], splits: bool, weights: Tree, carry: Tree, b
         leaves, kept["back"] = jax.tree.flatten(back)
         return made, leaves
 
-    closed, (made, _) = jax.make_jaxpr(forward, return_shape=True)(weights, carry, beside)
+    closed, (made, _) = _alone(forward, weights, carry, beside)
     many = len(jax.tree.leaves(made))
     results, residuals = closed.jaxpr.outvars[:many], closed.jaxpr.outvars[many:]
     of_weights, _, of_beside = _grouped(closed.jaxpr.invars, weights, carry, beside)
@@ -138,6 +154,17 @@ def passes(run: Callable[..., Tree], splits: bool, weights: Tree, carry: Tree, b
         *(weights, _types(fixed), ordered[1], beside, handed),
     )
     return Passes(first, once, back, rest)
+
+
+def _alone(forward: Callable[..., Tree], *given: Tree) -> tuple[ClosedJaxpr, Tree]:
+    """`forward` traced. Raises InputError where it takes values from outside, whose gradients would be lost."""
+    try:
+        closed, shape = jax.make_jaxpr(forward, return_shape=True)(*given)
+    except jax.errors.UnexpectedTracerError as error:
+        raise InputError(OUTSIDE) from error
+    if any(isinstance(c, jax.core.Tracer) for c in closed.consts):
+        raise InputError(OUTSIDE)
+    return closed, shape
 
 
 class _Second:
