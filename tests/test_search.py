@@ -105,7 +105,12 @@ def test_every_factorization_is_a_mesh() -> None:
 def test_rules_are_found_by_their_place_with_their_axes() -> None:
     known = {r.name: r for r in library()}
     files = {p.stem for p in (ROOT / "sharding/rules").glob("*.py")} - {"__init__"}
-    assert set(known) == files - {"by_path", "replicated", "hsdp"}  # without axes; made of others
+    assert set(known) == files - {
+        "by_path",
+        "replicated",
+        "hsdp",
+        "stages",
+    }  # no axes; of others; a schedule's
     assert known["tensor2d"].axes == ("fsdp", "tensor")
     assert known["tensor"].calls == ("tensor", "tensor(kv_heads='whole')")
     assert {r.name for r in known.values() if r.fills} == {"sequence"}

@@ -107,7 +107,7 @@ def choices(
 
 
 def library() -> tuple[Library, ...]:
-    """The rules of sharding/rules/ that stand alone and name axes by default."""
+    """The rules of sharding/rules/ that stand alone and name axes by default; not a pipeline's, which its schedule brings."""
     found = (_library(m.name) for m in pkgutil.iter_modules(sharding.rules.__path__))
     return tuple(rule for rule in found if rule is not None)
 
@@ -116,7 +116,11 @@ def _library(name: str) -> Library | None:
     factory = getattr(importlib.import_module(f"sharding.rules.{name}"), name)
     given = inspect.signature(factory).parameters.values()
     axes = tuple(p.default for p in given if p.default in AXES)
-    if not axes or any(p.default is p.empty for p in given if p.kind is not p.VAR_KEYWORD):
+    if (
+        not axes
+        or axes == ("stage",)
+        or any(p.default is p.empty for p in given if p.kind is not p.VAR_KEYWORD)
+    ):
         return None
     made: Rules = factory()
     if len(made.chain) != 1:  # its parts are rules of their own
