@@ -42,11 +42,11 @@ def _instead(run: Run) -> Iterator[None]:
         def run(self) -> Any:
             return run(self)
 
-    execute.Lockstep = Instead  # type: ignore[misc, assignment]
+    execute.Lockstep = Instead  # type: ignore[misc, assignment]  (the one way to time its parts)
     try:
         yield
     finally:
-        execute.Lockstep = own  # type: ignore[misc]
+        execute.Lockstep = own  # type: ignore[misc]  (as it was)
 
 
 def executor(step: TrainStep, run: Run, params: Mapping[str, Any], batch: Mapping[str, Any]) -> Any:
@@ -185,9 +185,9 @@ def _weights(whole: Lockstep) -> tuple[Body, Any]:
 
     def body(i: Array, s: Any) -> Any:
         left = jax.tree.unflatten(structure, _read(handed, i))
-        return jax.tree.map(jnp.add, s, layers.weights(weights, fixed, _read(late, i), given, left))  # type: ignore[misc]
+        return jax.tree.map(jnp.add, s, layers.weights(weights, fixed, _read(late, i), given, left))  # type: ignore[misc]  (a W)
 
-    return body, _like(layers.weights.gives())  # type: ignore[union-attr]
+    return body, _like(layers.weights.gives())  # type: ignore[union-attr]  (a grid with W has it)
 
 
 def _loss(whole: Lockstep) -> tuple[Body, Any]:

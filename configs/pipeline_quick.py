@@ -2,7 +2,7 @@
 
 Claim:    the schedule is a value beside the mesh: the same model, rules and data, and the loss of the run without stages.
 Command:  shardlab train configs/pipeline_quick.py
-Cost:     about 2 min on 2 CPU cores
+Cost:     1.0 s a step on 2 CPU cores (measured over 20 steps), 120 steps
 Result:   the losses of the same run without stages, but for rounding; with `--pipeline gpipe` or `zb-h1` likewise
 """
 

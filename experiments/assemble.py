@@ -107,7 +107,7 @@ def rules_on(experiment: Experiment, tree: Mapping[str, ParamSpec], sizes: Mappi
     from sharding.pipeline.grid import Place
     from sharding.rules.stages import stages
 
-    own = any(r.call.startswith("stages(") for r in experiment.rules.chain)
+    own = lays_stages(experiment.rules)
     if experiment.pipeline is None:
         if own and sizes["stage"] > 1:
             raise InputError(
@@ -123,6 +123,11 @@ def rules_on(experiment: Experiment, tree: Mapping[str, ParamSpec], sizes: Mappi
     alike = all(depth % sizes["stage"] == 0 for depth in depths)
     in_order = grid.path == tuple(Place(s) for s in range(sizes["stage"]))
     return experiment.rules | (stages() if alike and in_order else stages(order="spread"))
+
+
+def lays_stages(rules: Rules) -> bool:
+    """Whether a chain has the rule `stages` already."""
+    return any(r.call.startswith("stages(") for r in rules.chain)
 
 
 def check_batch(experiment: Experiment, step: TrainStep) -> None:

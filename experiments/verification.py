@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from experiments.assemble import train_step
+from experiments.assemble import lays_stages, train_step
 from experiments.config import Experiment
 from experiments.data.contract import Dataset
 from experiments.verified import KINDS, Case, Outcome, Verified
@@ -51,8 +51,8 @@ def cases(
     """The cases of a config: its own mesh first, then every mesh of up to `devices` devices, under both partitioners."""
     model = experiment.model.build()
     inputs = [tuple(entry.names.split()) for entry in model.inputs.values()]
-    own = any(r.call.startswith("stages(") for r in experiment.rules.chain)
-    rules = experiment.rules | stages() if experiment.pipeline and not own else experiment.rules
+    added = experiment.pipeline is not None and not lays_stages(experiment.rules)
+    rules = experiment.rules | stages() if added else experiment.rules
     legal = list(meshes) or shapes(axes_of(rules, declare(model), inputs), devices)
     own = [] if meshes else [m for m in legal if m.sizes() == experiment.mesh.sizes()]
     ordered = [*own, *(m for m in legal if m not in own)]

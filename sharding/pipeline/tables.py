@@ -76,9 +76,9 @@ class _Maker:
         self.shifts: dict[str, tuple[int, ...]] = {}
         self.parts, self.last = len(grid.path), len(grid.path) - 1
 
-    def row(self, name: str, fill: int = 0) -> np.ndarray:
+    def row(self, name: str) -> np.ndarray:
         """The table of this name."""
-        return self.rows.setdefault(name, np.full((self.grid.ticks, self.grid.stages), fill, np.int32))
+        return self.rows.setdefault(name, np.zeros((self.grid.ticks, self.grid.stages), np.int32))
 
     def work(self) -> None:
         """Who does what, and where what a task leaves for a later one lies."""
